@@ -1,0 +1,119 @@
+"""What `--help` prints: static text, so that it is there at once."""
+
+from __future__ import annotations
+
+import difflib
+
+COMMANDS = {
+    "quickstart": "prepare, train, kill, resume and evaluate a small model on this machine",
+    "prepare": "turn a corpus into a dataset of tokens",
+    "train": "train a model, or resume the run of the same name",
+    "evaluate": "measure a run's newest checkpoint on the held-out text",
+    "info": "show versions, devices, the layout and the model's parameters",
+}
+
+_TEXTS = {
+    "quickstart": """\
+titans-dist quickstart [KEY=VALUE ...]
+
+The whole way once, on this machine: prepare the data, train a model of 3M parameters on two processes, kill the job
+with SIGKILL half way, start it again, evaluate. `make train` runs it. An earlier runs/quickstart is moved aside to
+runs/quickstart.1, never overwritten.
+
+Examples:
+  titans-dist quickstart
+  titans-dist quickstart parallel=single training.steps=60
+  titans-dist quickstart data=stdlib_bytes model.vocab_size=258
+
+Results: runs/<name>/ with metrics.jsonl, checkpoints/, logs/ and reports/heldout.json.""",
+    "prepare": """\
+titans-dist prepare [KEY=VALUE ...]
+
+Reads a corpus, trains or loads a tokenizer and writes token shards. `train` does it by itself when the dataset is
+missing. A finished dataset is left as it is.
+
+Examples:
+  titans-dist prepare
+  titans-dist prepare data=text data.source=books/ data.vocab_size=8192
+  titans-dist prepare data=jsonl data.source=corpus.jsonl data.text_column=content data.path=data/mine
+  titans-dist prepare data=parquet data.source=shards/ data.tokenizer=tokenizer.json
+
+Results: the folder data.path, by default data/<format>-<tokenizer>-<vocabulary>/.""",
+    "train": """\
+titans-dist train [KEY=VALUE ...]
+
+Starts parallel.tensor x parallel.data processes on this machine, or is one of them under torchrun and srun.
+Starting a run of the same name resumes it from its newest checkpoint.
+
+Examples:
+  titans-dist train
+  titans-dist train name=mine parallel=single training.steps=1000 optimizer.lr=3e-4
+  titans-dist train -m optimizer.lr=1e-3,3e-3 training.steps=200
+  torchrun --nproc-per-node 8 -m titans_launch train parallel=tensor8 model=mag_340m training=pretrain
+
+See all keys and values: titans-dist train --cfg job
+Results: runs/<name>/ with config.yaml, metrics.jsonl, checkpoints/ and logs/ (one file per process).
+Ctrl-C or SIGTERM saves a checkpoint and exits with 3; a second one ends the job at once.""",
+    "evaluate": """\
+titans-dist evaluate [KEY=VALUE ...]
+
+Reads the held-out text once with the newest checkpoint of a run: loss, bits per byte, perplexity. Give the same
+overrides as to `train`, so that it is the same run.
+
+Examples:
+  titans-dist evaluate
+  titans-dist evaluate name=mine parallel=single
+  titans-dist evaluate name=mine evaluation.max_sequences=64
+
+Results: runs/<name>/reports/heldout.json.""",
+    "info": """\
+titans-dist info [KEY=VALUE ...]
+
+Prints versions, devices, how many processes a run needs, and every parameter of the model: its shape, its size and
+how it is split over tensor-parallel processes. Builds nothing and trains nothing.
+
+Examples:
+  titans-dist info
+  titans-dist info model=mag_340m parallel=tensor8
+  titans-dist info -m model=mag_170m,mag_760m""",
+}
+
+_EXIT_CODES = """\
+Exit codes: 0 done, 2 configuration error (do not retry), 3 interrupted and saved (start again to resume),
+  4 data or checkpoint refused, 5 training gave up on unhealthy numbers, 1 anything else."""
+
+
+def overview() -> str:
+    """The text of `titans-dist --help`."""
+    width = max(map(len, COMMANDS))
+    lines = "\n".join(f"  {name:<{width}}  {purpose}" for name, purpose in COMMANDS.items())
+    return f"""\
+titans-dist COMMAND [KEY=VALUE ...]      pretrain Titans language models
+
+{lines}
+
+Examples:
+  titans-dist quickstart
+  titans-dist train name=mine model=mag_3m training.steps=500
+  titans-dist train --cfg job                  print the configuration and stop
+  titans-dist train --help                     examples of one command
+  eval "$(titans-dist -sc install=bash)"       complete commands, keys and values with the Tab key
+
+Configuration is Hydra's: groups (model=mag_340m), keys (optimizer.lr=3e-4), sweeps (-m), your own files
+(--config-dir). Results lie in runs/<name>/, data in data/.
+{_EXIT_CODES}"""
+
+
+def of(command: str) -> str:
+    """The text of `titans-dist COMMAND --help`."""
+    return f"{_TEXTS[command]}\n{_EXIT_CODES}"
+
+
+def unknown_command(word: str) -> str:
+    """One sentence for a first word that is no command."""
+    near = difflib.get_close_matches(word, COMMANDS, n=1, cutoff=0.5)
+    if near:
+        return f"unknown command {word}; did you mean {near[0]}?"
+    if "=" in word:
+        return f"{word} comes before the command; write titans-dist COMMAND {word}, such as titans-dist train {word}"
+    return f"unknown command {word}; choose one of {', '.join(COMMANDS)}"

@@ -1,0 +1,85 @@
+"""`titans-dist info`: versions, devices, layout and parameters, without building or training anything."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import subprocess
+from importlib import metadata
+
+import psutil
+from rich.table import Table
+
+from titans_dist.config import Config
+from titans_launch import tables
+
+PACKAGES = (
+    "titans-dist",
+    "torch",
+    "triton",
+    "megatron-core",
+    "deepspeed",
+    "mosaicml-streaming",
+    "ray",
+    "wandb",
+    "hydra-core",
+)
+
+
+def run(config: Config) -> None:
+    """Print everything, the slow part (which imports torch) last."""
+    tables.show("versions", [("python", platform.python_version()), *((name, version(name)) for name in PACKAGES)])
+    tables.show("devices", devices())
+    tables.show("layout", layout(config))
+    show_parameters(config)
+
+
+def version(package: str) -> str:
+    """The installed version of a package, without importing it."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def devices() -> list[tuple[str, str]]:
+    """The processors of this machine; GPUs as the driver lists them."""
+    cores, memory = psutil.cpu_count(logical=False) or psutil.cpu_count(), psutil.virtual_memory().total / 2**30
+    rows = [("cpu", f"{cores} cores, {memory:.0f} GiB of memory")]
+    if shutil.which("nvidia-smi") is None:
+        return [*rows, ("gpu", "none (no nvidia-smi)")]
+    query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"]
+    try:
+        listed = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        return [*rows, ("gpu", f"unknown ({error})")]
+    return [*rows, *((f"gpu {i}", line) for i, line in enumerate(listed.splitlines()))]
+
+
+def layout(config: Config) -> list[tuple[str, str]]:
+    """How a run of this configuration is split over processes."""
+    tensor, data, training = config.parallel.tensor, config.parallel.data or 1, config.training
+    tokens = training.global_batch_size * config.data.sequence_length
+    micro = training.global_batch_size // (training.micro_batch_size * data)
+    free = "" if config.parallel.data else " (parallel.data unset: as many as are launched)"
+    return [
+        ("run", tables.place(config.run_dir)),
+        ("processes", f"{tensor * data} = tensor {tensor} x data {data}{free}"),
+        ("batch", f"{training.global_batch_size} sequences = {tokens:,} tokens, {micro} micro-batch(es) per copy"),
+        ("steps", f"{training.steps:,}, {training.steps * tokens:,} tokens in all"),
+    ]
+
+
+def show_parameters(config: Config) -> None:
+    """Print one row per kind of parameter, and the total."""
+    from titans_dist import model
+
+    rows = model.describe(config.model, config.parallel)
+    table = Table(title="parameters", title_justify="left", show_footer=True)
+    table.add_column("module", "total", overflow="fold")
+    table.add_column("shape", no_wrap=True)
+    table.add_column("parameters", f"{sum(count for _, _, count, _ in rows):,}", justify="right")
+    table.add_column(f"over {config.parallel.tensor} processes")
+    for name, shape, count, split in rows:
+        table.add_row(name, shape, f"{count:,}", split)
+    tables.console().print(table)

@@ -1,0 +1,29 @@
+"""`titans-dist info` answers without building or training anything."""
+
+from __future__ import annotations
+
+import platform
+import re
+from importlib import metadata
+from pathlib import Path
+
+from tests.launch.command_line import Cli
+
+
+def test_versions_devices_layout_and_parameters(cli: Cli, tmp_path: Path) -> None:
+    run = cli("info", "parallel.data=3", "training.global_batch_size=48")
+    assert run.returncode == 0, run.stderr
+    cells = dict(re.findall(r"│ (\S+) +│ (.+?) +│", run.stdout))
+    assert cells["python"] == platform.python_version()
+    assert cells["torch"] == metadata.version("torch")
+    assert cells["hydra-core"] == metadata.version("hydra-core")
+    assert "cores" in cells["cpu"]
+    assert cells["processes"] == "6 = tensor 2 x data 3"
+    assert cells["batch"] == "48 sequences = 12,288 tokens, 1 micro-batch(es) per copy"
+    assert not list(tmp_path.iterdir())
+
+    rows = re.findall(r"│ (\S+) +│[^│]*│ +([\d,]+) │", run.stdout)
+    counts = [int(count.replace(",", "")) for _, count in rows]
+    assert rows[-1][0] == "total"
+    assert len(rows) > 10
+    assert counts[-1] == sum(counts[:-1])

@@ -1,0 +1,5 @@
+"""Evaluation of checkpoints."""
+
+from titans_dist.evaluation.heldout import evaluate
+
+__all__ = ["evaluate"]

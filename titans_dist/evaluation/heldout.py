@@ -1,0 +1,61 @@
+"""Loss, perplexity and bits per byte on the held-out text, every sequence read once."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from titans_data import evaluation_batches
+
+from titans_dist.checkpoint.sharded import load, newest_valid
+from titans_dist.checkpoint.store import Store
+from titans_dist.config import CheckpointError, Config
+from titans_dist.parallel.processes import processes
+from titans_dist.parallel.scorer import Scorer
+from titans_dist.training.data import open_rows
+from titans_dist.training.resume import check_model
+
+
+def evaluate(config: Config) -> dict[str, Any]:
+    """Score the run's newest valid checkpoint, on every process of the job; rank 0 writes reports/heldout.json.
+
+    Losses are in nats per token. Bits per byte count the bytes of the text itself: end-of-document tokens are
+    predicted, and paid for, but have no bytes. Raises CheckpointError where the run has no checkpoint.
+    """
+    started = time.perf_counter()
+    with processes(config) as device:
+        store = Store(Path(config.run_dir) / "checkpoints")
+        step = newest_valid(store, print)
+        if step is None:
+            raise CheckpointError(f"{config.run_dir} has no checkpoint; train it first with the same name")
+        check_model(store.meta(step)["identity"], config)
+        rows = open_rows(config, "validation")
+        scorer = Scorer(config, device)
+        scorer.load(load(store, step, scorer.sharded_state(), partial=True))
+        settings = config.evaluation
+        loss, tokens = scorer.total_loss(
+            evaluation_batches(
+                rows, scorer.data_rank, scorer.data_size, settings.micro_batch_size, settings.max_sequences
+            )
+        )
+        per_token, bytes_per_token = loss / tokens, rows.source.bytes_per_token
+        report = {
+            "loss": per_token,
+            "perplexity": math.exp(min(per_token, 700)),
+            "bits_per_byte": None if bytes_per_token is None else per_token / bytes_per_token / math.log(2),
+            "tokens": tokens,
+            "bytes": None if bytes_per_token is None else round(tokens * bytes_per_token),
+            "sequences": tokens // config.data.sequence_length,
+            "step": step,
+            "checkpoint": str(store.folder(step)),
+            "seconds": time.perf_counter() - started,
+        }
+        if dist.get_rank() == 0:
+            folder = Path(config.run_dir) / "reports"
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "heldout.json").write_text(json.dumps(report, indent=2) + "\n")
+        return report

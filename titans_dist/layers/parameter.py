@@ -1,0 +1,65 @@
+"""Parameters that know how they start, so that one rank can make just its slice, equal on every layout."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+Init = Callable[[Tensor, torch.Generator], object]
+
+
+def normal(std: float) -> Init:
+    """Gaussian with standard deviation `std`."""
+    return lambda x, g: x.normal_(0, std, generator=g)
+
+
+def uniform(bound: float) -> Init:
+    """Uniform in [-bound, bound]."""
+    return lambda x, g: x.uniform_(-bound, bound, generator=g)
+
+
+def constant(value: float) -> Init:
+    """`value` everywhere."""
+    return lambda x, g: x.fill_(value)
+
+
+def logit(share: float) -> float:
+    """The number whose sigmoid is `share`."""
+    return math.log(share / (1 - share))
+
+
+class Parameter(nn.Parameter):
+    """An unset parameter that carries its initial rule, and whether weight decay acts on it (matrices only)."""
+
+    init: Init
+    decay: bool
+
+
+def parameter(*shape: int, init: Init, decay: bool = False) -> Parameter:
+    """An unset float32 Parameter of `shape`; see `initial_value` for how it is filled."""
+    made = Parameter(torch.empty(*shape))
+    made.init, made.decay = init, decay
+    return made
+
+
+def linear(d_in: int, d_out: int, std: float, bias: float | None = None) -> nn.Linear:
+    """A linear layer with Gaussian weights; with a constant bias where `bias` is given."""
+    layer = nn.Linear(d_in, d_out, bias=bias is not None)
+    layer.weight = parameter(d_out, d_in, init=normal(std), decay=True)
+    if bias is not None:
+        layer.bias = parameter(d_out, init=constant(bias))
+    return layer
+
+
+@torch.no_grad()
+def initial_value(name: str, shape: tuple[int, ...], init: Init, seed: int) -> Tensor:
+    """The whole float32 parameter `name` as it starts: a pure function of its name, its shape and the seed."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    value = torch.empty(shape, device="cpu")
+    init(value, generator)
+    return value

@@ -1,0 +1,56 @@
+"""The memory as a network: its output, and the gradient of its inner loss written out by hand.
+
+The loss is l(W; k, v) = ||f_W(k) - v||^2, summed over features. Each layer's gradient is an outer product
+a_{l-1}^T delta_l, so the pair (inputs, deltas) says all of it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from titans_dist.memory.activations import ACTIVATIONS
+from titans_dist.memory.spec import MemorySpec
+
+NORM_EPS = 1e-6
+Norm = tuple[Tensor, Tensor]
+
+
+def layer_norm(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`x` (..., D) with zero mean and unit variance, and the reciprocal standard deviation (..., 1)."""
+    centered = x - x.mean(-1, keepdim=True)
+    rstd = torch.rsqrt(centered.square().mean(-1, keepdim=True) + NORM_EPS)
+    return centered * rstd, rstd
+
+
+def output(spec: MemorySpec, x: Tensor, raw: Tensor, norm: Norm | None) -> Tensor:
+    """f(x) from the input and the MLP's output, both (..., D)."""
+    if not spec.residual:
+        return raw
+    assert norm is not None
+    gain, bias = norm
+    return x + layer_norm(raw)[0] * gain + bias
+
+
+def inner_gradient(
+    spec: MemorySpec, weights: list[Tensor], k: Tensor, v: Tensor, norm: Norm | None
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Inputs a_{l-1} (..., n, d_in) and deltas dl/dz_l (..., n, d_out) of every layer for n pairs (k, v)."""
+    activation, derivative = ACTIVATIONS[spec.activation]
+    inputs, pre = [k], []
+    for i, w in enumerate(weights):
+        pre.append(inputs[-1] @ w)
+        if i + 1 < len(weights):
+            inputs.append(activation(pre[-1]))
+    if spec.residual:
+        assert norm is not None
+        gain, bias = norm
+        normal, rstd = layer_norm(pre[-1])
+        g = 2 * (k + normal * gain + bias - v) * gain
+        delta = rstd * (g - g.mean(-1, keepdim=True) - normal * (g * normal).mean(-1, keepdim=True))
+    else:
+        delta = 2 * (pre[-1] - v)
+    deltas = [delta]
+    for i in range(len(weights) - 1, 0, -1):
+        deltas.append((deltas[-1] @ weights[i].mT) * derivative(pre[i - 1]))
+    return inputs, deltas[::-1]

@@ -1,0 +1,1 @@
+"""Turns a model into its parallel self on megatron-core."""

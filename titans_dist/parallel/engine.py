@@ -1,0 +1,146 @@
+"""The training engine on megatron-core: its schedule, gradient buckets, distributed optimizer and learning rate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, ParamKey, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor, nn
+
+from titans_dist.checkpoint.optimizer import load_optimizer_state, optimizer_sharded_state
+from titans_dist.config import Config
+from titans_dist.parallel.cpu import cpu_device_mode
+from titans_dist.parallel.stage import MicroBatch, build_stage, inputs_and_targets
+
+
+@dataclass
+class StepResult:
+    """What one optimizer step gave, the same on every rank: mean loss in nats, gradient norm, learning rate used."""
+
+    loss: float
+    grad_norm: float
+    lr: float
+
+
+class Engine:
+    """The parallel model with its optimizer. Every method is collective: all ranks call it."""
+
+    def __init__(self, config: Config, device: torch.device) -> None:
+        self.device = device
+        self.stage, module = build_stage(config, device)
+        transformer = self.stage.config
+        self.module = DistributedDataParallel(
+            transformer,
+            DistributedDataParallelConfig(
+                use_distributed_optimizer=True, grad_reduce_in_fp32=True, overlap_grad_reduce=True
+            ),
+            module,
+        )
+        transformer.finalize_model_grads_func = finalize_model_grads
+        transformer.no_sync_func = self.module.no_sync
+        with cpu_device_mode():
+            self.optimizer = get_megatron_optimizer(
+                _optimizer_config(config),
+                [self.module],
+                config_overrides={ParamKey(attr="no_decay"): ParamGroupOverride(wd_mult=0.0)},
+            )
+        # Built before the first step: weight decay exclusions act only through it.
+        self.scheduler = _scheduler(config, self.optimizer)
+        self._schedule = get_forward_backward_func()
+
+    @property
+    def data_rank(self) -> int:
+        """Which share of the batch this rank reads."""
+        return parallel_state.get_data_parallel_rank()
+
+    @property
+    def data_size(self) -> int:
+        """Into how many shares the batch is split."""
+        return parallel_state.get_data_parallel_world_size()
+
+    def step(self, batches: list[MicroBatch]) -> StepResult:
+        """One optimizer step on this rank's micro-batches, each `tokens` (b, T + 1)."""
+        self.module.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        rows, length = batches[0]["tokens"].shape
+        losses = self._schedule(
+            forward_step_func=self._forward,
+            data_iterator=iter(batches),
+            model=self.module,
+            num_microbatches=len(batches),
+            seq_length=length - 1,
+            micro_batch_size=rows,
+            forward_only=False,
+        )
+        self.scheduler.step(increment=1)
+        with cpu_device_mode():
+            _, grad_norm, _ = self.optimizer.step()
+        loss = torch.stack(losses).sum() / len(losses) / self.data_size
+        dist.all_reduce(loss, group=parallel_state.get_data_parallel_group())
+        lr = next(group["lr"] for group in self.optimizer.param_groups)
+        return StepResult(loss.item(), float(grad_norm), float(lr))
+
+    def _forward(self, batches: Iterator[MicroBatch], module: nn.Module) -> tuple[Tensor, Callable[[Tensor], Any]]:
+        tokens, targets = inputs_and_targets(next(batches), self.device)
+
+        def mean(losses: Tensor) -> tuple[Tensor, Tensor]:
+            loss = losses.mean()
+            return loss, loss.detach().clone()  # the schedule divides the first in place
+
+        return module(tokens, targets), mean
+
+    def sharded_state(self, is_loading: bool = False) -> dict[str, Any]:
+        """Model and optimizer as this rank's part of a sharded checkpoint."""
+        model = self.stage.sharded_state_dict()
+        with cpu_device_mode():
+            return {"model": model, "optimizer": optimizer_sharded_state(self.optimizer, model, is_loading)}
+
+    def load(self, loaded: dict[str, Any], step: int) -> None:
+        """Continue after `step` from a loaded `sharded_state`."""
+        self.stage.load_parameters(loaded["model"])
+        with cpu_device_mode():
+            load_optimizer_state(self.optimizer, loaded["optimizer"])
+        self.scheduler.num_steps = step
+
+
+def _optimizer_config(config: Config) -> OptimizerConfig:
+    optimizer, bf16 = config.optimizer, config.training.precision == "bfloat16"
+    return OptimizerConfig(
+        optimizer="adam",
+        lr=optimizer.lr,
+        min_lr=optimizer.lr * optimizer.min_lr_ratio,
+        weight_decay=optimizer.weight_decay,
+        adam_beta1=optimizer.beta1,
+        adam_beta2=optimizer.beta2,
+        adam_eps=optimizer.eps,
+        clip_grad=optimizer.clip_grad,
+        use_distributed_optimizer=True,
+        bf16=bf16,
+        params_dtype=torch.bfloat16 if bf16 else torch.float32,
+    )
+
+
+def _scheduler(config: Config, optimizer: Any) -> OptimizerParamScheduler:
+    """Linear warm-up, then cosine. Stepped before each optimizer step, so that the first one already learns."""
+    settings = config.optimizer
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=settings.lr,
+        min_lr=settings.lr * settings.min_lr_ratio,
+        lr_warmup_steps=settings.warmup_steps,
+        lr_decay_steps=config.training.steps,
+        lr_decay_style="cosine",
+        start_wd=settings.weight_decay,
+        end_wd=settings.weight_decay,
+        wd_incr_steps=config.training.steps,
+        wd_incr_style="constant",
+    )

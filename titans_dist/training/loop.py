@@ -1,0 +1,148 @@
+"""The training loop, from start or resume to the last checkpoint."""
+
+from __future__ import annotations
+
+import math
+import resource
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from titans_data import BatchSchedule, batches
+
+from titans_dist.checkpoint.sharded import load, newest_valid, save
+from titans_dist.checkpoint.store import Store
+from titans_dist.config import Config, HealthError, Interrupted
+from titans_dist.parallel.engine import Engine
+from titans_dist.parallel.processes import any_rank, processes
+from titans_dist.parallel.stage import MicroBatch
+from titans_dist.tracking import StepRow, Tracker
+from titans_dist.training.data import open_rows
+from titans_dist.training.resume import check_identity, identity, write_config, write_status
+from titans_dist.training.signals import StopRequest
+
+
+def train(config: Config) -> None:
+    """Train until `training.steps`, from the newest valid checkpoint of the run folder or from the start.
+
+    Runs in every process of the job (see `processes`). Raises Interrupted after a signal, once a checkpoint is
+    saved; HealthError for a loss or gradient that is not finite; CheckpointError where the folder holds another run.
+    """
+    stop = StopRequest()
+    with processes(config) as device:
+        Training(config, device, stop).run()
+
+
+class Training:
+    """One start of one run."""
+
+    def __init__(self, config: Config, device: torch.device, stop: StopRequest) -> None:
+        self.config, self.device, self.stop = config, device, stop
+        self.main = dist.get_rank() == 0
+        self.engine = Engine(config, device)
+        self.rows = open_rows(config, "train")
+        self.identity = identity(config, self.rows.source.fingerprint)
+        self.store = Store(Path(config.run_dir) / "checkpoints")
+        self.tracker: Tracker | None = None  # rank 0 alone speaks
+
+    def run(self) -> None:
+        """Resume, then one optimizer step after another."""
+        training = self.config.training
+        done = self._resume()
+        if done >= training.steps:
+            self._say(f"{self.config.run_dir} is done: {done} of {training.steps} steps")
+            return
+        schedule = BatchSchedule(len(self.rows), training.global_batch_size, self.config.data.seed)
+        steps = batches(
+            self.rows,
+            schedule,
+            done,
+            self.engine.data_rank,
+            self.engine.data_size,
+            training.micro_batch_size,
+            self.config.data.workers,
+        )
+        try:
+            while done < training.steps:
+                done = self._step(steps)
+                # One rank's signal is everybody's: a save that some ranks do not join would hang.
+                stopped = any_rank(bool(self.stop), self.device)
+                if stopped or done % training.checkpoint_interval == 0 or done == training.steps:
+                    self._save(done)
+                if stopped and done < training.steps:
+                    self._status("interrupted")
+                    raise Interrupted(f"stopped by {self.stop.signal or 'a signal'} after step {done}, which is saved")
+            self._status("done")
+        finally:
+            if self.tracker is not None:
+                self.tracker.close()
+
+    def _step(self, steps: Iterator[tuple[int, list[MicroBatch]]]) -> int:
+        """The next step with its metrics; returns the number of steps done."""
+        started = time.perf_counter()
+        index, micro_batches = next(steps)
+        waited = time.perf_counter() - started
+        result = self.engine.step(micro_batches)
+        seconds = time.perf_counter() - started
+        done = index + 1
+        tokens = self.config.training.global_batch_size * self.config.data.sequence_length
+        if self.tracker is not None:
+            self.tracker.step(
+                StepRow(
+                    step=done,
+                    loss=result.loss,
+                    grad_norm=result.grad_norm,
+                    lr=result.lr,
+                    tokens=done * tokens,
+                    tokens_per_s=tokens / seconds,
+                    step_time_s=seconds,
+                    data_wait=waited / seconds,
+                    memory_bytes=self._memory_bytes(),
+                )
+            )
+        if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
+            raise HealthError(
+                f"step {done} gave loss {result.loss} and gradient norm {result.grad_norm}; the last checkpoint is "
+                "sound: start again with a smaller optimizer.lr or another data.seed"
+            )
+        return done
+
+    def _resume(self) -> int:
+        """Load the newest valid checkpoint, if there is one; returns the number of steps done."""
+        step = newest_valid(self.store, self._say)
+        wandb_id = None
+        if step is not None:
+            meta = self.store.meta(step)
+            check_identity(meta["identity"], self.identity, self.config.run_dir)
+            loaded = load(self.store, step, self.engine.sharded_state(is_loading=True))
+            self.engine.load(loaded, step)
+            wandb_id = meta["wandb_id"]
+        if self.main:
+            write_config(self.config)
+            self._status("running")
+            self.tracker = Tracker(Path(self.config.run_dir), self.config, resumed_step=step, wandb_id=wandb_id)
+        return step or 0
+
+    def _save(self, step: int) -> None:
+        meta = {"identity": self.identity, "wandb_id": self.tracker.wandb_id if self.tracker is not None else None}
+        result = save(self.store, step, self.engine.sharded_state(), meta, keep=self.config.training.keep_checkpoints)
+        if self.tracker is not None:
+            if result.error is None:
+                self.tracker.event("checkpoint", step=step, seconds=round(result.seconds, 3), bytes=result.bytes)
+            else:
+                self.tracker.event("save_failed", step=step, error=result.error)
+
+    def _memory_bytes(self) -> int:
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def _status(self, status: str) -> None:
+        if self.main:
+            write_status(self.config, status)
+
+    def _say(self, line: str) -> None:
+        if self.main:
+            print(line, flush=True)

@@ -1,0 +1,61 @@
+"""What a run leaves in its folder, and the check that a start under the same name is the same run."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from titans_dist.config import CheckpointError, Config
+
+# What may not change between two starts of one run: it would be another model or another order of the data.
+IDENTITY = ("model", "data.sequence_length", "data.seed", "training.seed", "training.global_batch_size")
+
+
+def identity(config: Config, fingerprint: str) -> dict[str, Any]:
+    """Key -> value of everything that makes two starts the same run."""
+    flat = _flatten(dataclasses.asdict(config))
+    keys = [key for key in flat if any(key == name or key.startswith(name + ".") for name in IDENTITY)]
+    return {key: flat[key] for key in keys} | {"data fingerprint": fingerprint}
+
+
+def check_identity(saved: dict[str, Any], now: dict[str, Any], run_dir: str) -> None:
+    """Raise CheckpointError naming what differs between a checkpoint's identity and the start's."""
+    changed = [key for key in {**saved, **now} if saved.get(key) != now.get(key)]
+    if changed:
+        what = ", ".join(f"{key}={now.get(key)} (it was {saved.get(key)})" for key in changed[:3])
+        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+        raise CheckpointError(
+            f"{run_dir} holds another run: {what}{more}; give this one its own name=NAME or use the old values"
+        )
+
+
+def check_model(saved: dict[str, Any], config: Config) -> None:
+    """Raise CheckpointError where a checkpoint is of another model than the configuration's."""
+    now = identity(config, "")
+    model = {key: value for key, value in saved.items() if key.startswith("model.")}
+    check_identity(model, {key: value for key, value in now.items() if key.startswith("model.")}, config.run_dir)
+
+
+def write_config(config: Config) -> None:
+    """Write the whole configuration to config.yaml in the run folder."""
+    folder = Path(config.run_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+
+
+def write_status(config: Config, status: str) -> None:
+    """Write running, interrupted or done to STATUS in the run folder."""
+    (Path(config.run_dir) / "STATUS").write_text(status + "\n")
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat.update(_flatten(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat
