@@ -8,9 +8,9 @@ from pathlib import Path
 from types import TracebackType
 
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
 from titans_data import DatasetCard, PrepareOptions
 from titans_data import prepare as prepare_dataset
-
 from titans_dist.config import Config, ConfigError, DataConfig
 from titans_launch import tables
 

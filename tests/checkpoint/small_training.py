@@ -8,8 +8,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from titans_dist.checkpoint.optimizer import load_optimizer_state, optimizer_sharded_state
 from titans_dist.parallel import cpu
+from titans_dist.parallel.optimizer_state import load_optimizer_state, optimizer_sharded_state
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
 import titans_data
 from titans_data import DatasetCard, PrepareOptions, prepare
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pyarrow
 import pytest
 from pyarrow import parquet
+
 from titans_data import CorpusCounts, DataError
 from titans_data.corpus import decode_utf8, read_corpus
 

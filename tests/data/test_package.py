@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+
 import titans_data
 from titans_data import DataError
 

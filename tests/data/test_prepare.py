@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from titans_data import DataError, MdsSource, PrepareOptions, load_card, load_tokenizer, prepare, verify
 
 

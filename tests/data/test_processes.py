@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from titans_data import BatchSchedule, MdsSource
 
 Start = Callable[..., "subprocess.Popen[str]"]

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from titans_data import DataError, MdsSource, SpanSource, SyntheticSource, TokenFileSource, TokenSource, open_source
 from titans_data.pages import PageWriter, decode_page, page_count
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from titans_data import DataError, load_tokenizer
 from titans_data.preparation import EvenSample
 from titans_data.tokenize import (

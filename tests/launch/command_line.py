@@ -9,9 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import titans_data
-import titans_launch
-
 import titans_dist
+import titans_launch
 
 ROOTS = [str(Path(package.__file__).parents[1]) for package in (titans_dist, titans_launch, titans_data)]
 STUB = str(Path(__file__).parent / "stub")

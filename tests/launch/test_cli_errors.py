@@ -7,9 +7,9 @@ import signal
 from pathlib import Path
 
 import pytest
-from titans_launch.cli import main
 
 from tests.launch.command_line import Cli
+from titans_launch.cli import main
 
 
 @pytest.mark.parametrize(

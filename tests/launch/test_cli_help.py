@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from titans_launch import help
 
 import titans_dist
 from tests.launch.command_line import Cli, environment
+from titans_launch import help
 
 HEAVY = ("hydra", "omegaconf", "torch", "rich", "numpy", "psutil", "streaming", "wandb")
 

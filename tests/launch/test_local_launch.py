@@ -9,10 +9,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-from titans_launch import evaluate
 
 from tests.launch.command_line import STUB, Cli, command, environment
 from titans_dist.tracking import losses, read_metrics
+from titans_launch import evaluate
 
 TRAIN = ["train", "data=synthetic", "name=run", "training.log_interval=10"]
 

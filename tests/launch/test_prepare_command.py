@@ -6,12 +6,12 @@ import re
 from pathlib import Path
 
 import pytest
-from titans_data import load_card
-from titans_launch import prepare
 
 from tests.launch import command_line
 from tests.launch.command_line import Cli, Result
+from titans_data import load_card
 from titans_dist.config import DataConfig
+from titans_launch import prepare
 
 OVERRIDES = ["data=jsonl", "data.source=corpus.jsonl", "data.tokenizer=bytes", "data.path=out"]
 OVERRIDES += ["data.validation_fraction=0.3"]

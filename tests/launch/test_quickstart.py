@@ -7,10 +7,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-from titans_launch import quickstart
 
 from tests.launch.command_line import Cli
 from titans_dist.config import UserError
+from titans_launch import quickstart
 
 OVERRIDES = ["data=synthetic", "training.steps=40", "training.checkpoint_interval=10", "name=demo"]
 

@@ -9,12 +9,12 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
-from titans_launch import info
-from titans_launch.cli import main
-from titans_launch.names import MAX_LENGTH, quote, run_name
 
 from tests.launch.command_line import Cli
 from titans_dist.config import Config
+from titans_launch import info
+from titans_launch.cli import main
+from titans_launch.names import MAX_LENGTH, quote, run_name
 
 Folders = Callable[..., list[str]]
 

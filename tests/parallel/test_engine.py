@@ -30,7 +30,7 @@ CONFIG = Config(
         memory=MemoryConfig(expansion=2, chunk_size=8),
     ),
     training=TrainingConfig(steps=STEPS, micro_batch_size=2, global_batch_size=BATCH),
-    # A large epsilon: with a small one Adam's first steps are the gradient's sign, which turns rounding into whole steps.
+    # With a small epsilon Adam's first steps are the gradient's sign, which turns rounding into whole steps.
     optimizer=OptimizerConfig(lr=5e-3, warmup_steps=2, clip_grad=0.5, eps=1e-2),
 )
 

@@ -34,8 +34,7 @@ def compare(rank: int, world: int, config: ModelConfig, sequence: bool) -> tuple
     """Largest differences of logits and (relative to each parameter's largest) of gradients; collectives by name."""
     import torch.distributed as dist
     from megatron.core import ModelParallelConfig, parallel_state
-    from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
-    from megatron.core.tensor_parallel import mappings
+    from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region, mappings
 
     from titans_dist.parallel import cpu
     from titans_dist.parallel.tensor import build_parallel

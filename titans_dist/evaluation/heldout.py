@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from titans_data import evaluation_batches
 
+from titans_data import evaluation_batches
 from titans_dist.checkpoint.sharded import load, newest_valid
 from titans_dist.checkpoint.store import Store
 from titans_dist.config import CheckpointError, Config
 from titans_dist.parallel.processes import processes
 from titans_dist.parallel.scorer import Scorer
-from titans_dist.training.data import open_rows
-from titans_dist.training.resume import check_model
+from titans_dist.run.data import open_rows
+from titans_dist.run.identity import check_model
 
 
 def evaluate(config: Config) -> dict[str, Any]:

@@ -15,9 +15,9 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, Par
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
-from titans_dist.checkpoint.optimizer import load_optimizer_state, optimizer_sharded_state
 from titans_dist.config import Config
 from titans_dist.parallel.cpu import cpu_device_mode
+from titans_dist.parallel.optimizer_state import load_optimizer_state, optimizer_sharded_state
 from titans_dist.parallel.stage import MicroBatch, build_stage, inputs_and_targets
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import os
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -29,7 +28,6 @@ def processes(config: Config) -> Iterator[torch.device]:
         torch.set_num_threads(config.cluster.threads)
     else:
         torch.cuda.set_device(device)
-    quiet_libraries()
     cpu.install()
     from megatron.core import parallel_state
 
@@ -73,13 +71,6 @@ def choose_device(wanted: str, local_rank: int) -> torch.device:
             "start one process per GPU"
         )
     return torch.device("cuda", local_rank)
-
-
-def quiet_libraries() -> None:
-    """Silence what the libraries say about themselves and no user can act on."""
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # megatron-core asks for it on GPUs
-    for message in ("Transformer Engine and Apex are not installed", ".*is deprecated.*"):
-        warnings.filterwarnings("ignore", message=message)
 
 
 def any_rank(flag: bool, device: torch.device) -> bool:

@@ -10,17 +10,18 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from titans_data import BatchSchedule, batches
 
+from titans_data import BatchSchedule, batches
 from titans_dist.checkpoint.sharded import load, newest_valid, save
 from titans_dist.checkpoint.store import Store
 from titans_dist.config import Config, HealthError, Interrupted
 from titans_dist.parallel.engine import Engine
 from titans_dist.parallel.processes import any_rank, processes
 from titans_dist.parallel.stage import MicroBatch
+from titans_dist.run.data import open_rows
+from titans_dist.run.folder import write_config, write_status
+from titans_dist.run.identity import check_identity, identity
 from titans_dist.tracking import StepRow, Tracker
-from titans_dist.training.data import open_rows
-from titans_dist.training.resume import check_identity, identity, write_config, write_status
 from titans_dist.training.signals import StopRequest
 
 

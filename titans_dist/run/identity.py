@@ -1,12 +1,9 @@
-"""What a run leaves in its folder, and the check that a start under the same name is the same run."""
+"""What makes two starts under one name the same run."""
 
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Any
-
-from omegaconf import OmegaConf
 
 from titans_dist.config import CheckpointError, Config
 
@@ -37,18 +34,6 @@ def check_model(saved: dict[str, Any], config: Config) -> None:
     now = identity(config, "")
     model = {key: value for key, value in saved.items() if key.startswith("model.")}
     check_identity(model, {key: value for key, value in now.items() if key.startswith("model.")}, config.run_dir)
-
-
-def write_config(config: Config) -> None:
-    """Write the whole configuration to config.yaml in the run folder."""
-    folder = Path(config.run_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
-
-
-def write_status(config: Config, status: str) -> None:
-    """Write running, interrupted or done to STATUS in the run folder."""
-    (Path(config.run_dir) / "STATUS").write_text(status + "\n")
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
