@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from titans_dist.config.errors import ConfigError
 from titans_dist.config.model import ModelConfig
 from titans_dist.config.run import Config, DataConfig
@@ -148,9 +150,9 @@ def between(key: str, value: float, low: float, high: float) -> None:
 
 
 def positive(key: str, value: float) -> None:
-    """Raise ConfigError unless `value > 0`."""
-    if not value > 0:
-        raise ConfigError(f"{key}={value} must be above 0")
+    """Raise ConfigError unless `value` is a finite number above 0."""
+    if not 0 < value < math.inf:
+        raise ConfigError(f"{key}={value} must be a finite number above 0")
 
 
 def nearest_multiple(value: int, step: int) -> int:

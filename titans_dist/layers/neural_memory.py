@@ -14,7 +14,7 @@ from titans_dist.layers.parameter import constant, linear, logit, normal, parame
 from titans_dist.memory import MemorySpec, MemoryState, neural_memory
 
 # The gates before training: what is forgotten, what momentum is kept, and how fast is learned, each per token.
-ALPHA, ETA, THETA = 0.01, 0.9, 0.1
+ALPHA, ETA, THETA = 0.01, 0.9, 0.03
 
 
 class NeuralMemory(nn.Module):
@@ -44,8 +44,10 @@ class NeuralMemory(nn.Module):
         self.alpha = linear(hidden, heads, config.init_std, bias=logit(ALPHA))
         self.eta = linear(hidden, heads, config.init_std, bias=logit(ETA)) if memory.momentum else None
         self.theta = linear(hidden, heads, config.init_std, bias=logit(THETA))
+        shapes = self.spec.shapes(dim)
         self.weights = nn.ParameterList(
-            parameter(heads, d_in, d_out, init=normal(d_in**-0.5), decay=True) for d_in, d_out in self.spec.shapes(dim)
+            parameter(heads, d_in, d_out, init=normal(std), decay=True)
+            for (d_in, d_out), std in zip(shapes, self.spec.initial_std(dim), strict=True)
         )
         if memory.residual:
             self.gain = parameter(heads, dim, init=constant(1.0))

@@ -28,6 +28,17 @@ class MemorySpec:
         sizes = [head_dim] + [hidden] * (self.depth - 1) + [head_dim]
         return list(pairwise(sizes))
 
+    def initial_std(self, head_dim: int) -> list[float]:
+        """Standard deviation of each layer's initial weights.
+
+        With `residual` a unit key gives outputs of unit variance before the LayerNorm: with smaller ones every inner
+        gradient is larger by as much, and writes overshoot. Without it, small outputs are the stable start.
+        """
+        first, *others = self.shapes(head_dim)
+        if self.residual:
+            return [1.0] + [(2 / d_in) ** 0.5 for d_in, _ in others]
+        return [d_in**-0.5 for d_in, _ in (first, *others)]
+
 
 @dataclass
 class MemoryState:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from titans_data import BatchSchedule, batches
 from titans_dist.checkpoint.sharded import load, newest_valid, save
 from titans_dist.checkpoint.store import Store
-from titans_dist.config import Config, HealthError, Interrupted
+from titans_dist.config import CheckpointError, Config, HealthError, Interrupted
 from titans_dist.parallel.engine import Engine
 from titans_dist.parallel.processes import any_rank, processes
 from titans_dist.parallel.stage import MicroBatch
@@ -54,7 +54,6 @@ class Training:
         done = self._resume()
         if done >= training.steps:
             self._say(f"{self.config.run_dir} is done: {done} of {training.steps} steps")
-            return
         schedule = BatchSchedule(len(self.rows), training.global_batch_size, self.config.data.seed)
         steps = batches(
             self.rows,
@@ -70,8 +69,15 @@ class Training:
                 done = self._step(steps)
                 # One rank's signal is everybody's: a save that some ranks do not join would hang.
                 stopped = any_rank(bool(self.stop), self.device)
-                if stopped or done % training.checkpoint_interval == 0 or done == training.steps:
-                    self._save(done)
+                ends = stopped or done == training.steps
+                if ends or done % training.checkpoint_interval == 0:
+                    is_saved = self._save(done)
+                    if ends and not is_saved:
+                        self._status("interrupted")
+                        raise CheckpointError(
+                            f"stopped after step {done}, which could not be saved; the earlier checkpoints are sound: "
+                            "make room and start again to go on from the newest"
+                        )
                 if stopped and done < training.steps:
                     self._status("interrupted")
                     raise Interrupted(f"stopped by {self.stop.signal or 'a signal'} after step {done}, which is saved")
@@ -126,7 +132,8 @@ class Training:
             self.tracker = Tracker(Path(self.config.run_dir), self.config, resumed_step=step, wandb_id=wandb_id)
         return step or 0
 
-    def _save(self, step: int) -> None:
+    def _save(self, step: int) -> bool:
+        """Save; whether there is a checkpoint of `step` now, the same on all ranks. A failure is an event."""
         meta = {"identity": self.identity, "wandb_id": self.tracker.wandb_id if self.tracker is not None else None}
         result = save(self.store, step, self.engine.sharded_state(), meta, keep=self.config.training.keep_checkpoints)
         if self.tracker is not None:
@@ -134,6 +141,7 @@ class Training:
                 self.tracker.event("checkpoint", step=step, seconds=round(result.seconds, 3), bytes=result.bytes)
             else:
                 self.tracker.event("save_failed", step=step, error=result.error)
+        return result.bytes > 0
 
     def _memory_bytes(self) -> int:
         if self.device.type == "cuda":

@@ -1,0 +1,33 @@
+# Everything a fresh machine needs: Python 3.11+, make and a C compiler.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.installed
+
+.PHONY: help train test lint clean
+help:  ## What can be made
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
+
+train: $(READY)  ## Train a small Titans model: prepare, train, kill, resume, evaluate
+	$(BIN)/titans-dist quickstart
+
+test: $(READY) lint  ## Check the code and run the whole test suite
+	$(BIN)/python -m pytest
+
+lint: $(READY)  ## Format, style, types and import contracts
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+# torch comes first and by itself: nothing after it can then pull another build. See install-torch.
+$(READY): pyproject.toml constraints.txt install-torch
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=24" "setuptools>=77" wheel
+	./install-torch $(BIN)/python
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[all,test]"
+	$(BIN)/python -m pip check
+	@touch $@
+
+clean:  ## Remove the virtual environment and caches; data and runs stay
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache *.egg-info

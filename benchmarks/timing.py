@@ -1,0 +1,49 @@
+"""Wall times of a call, and the table they go into."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+
+def seconds(call: Callable[[], object], runs: int = 5, warmup: int = 1) -> list[float]:
+    """Wall seconds of each of `runs` calls, after `warmup` calls that do not count."""
+    for _ in range(warmup):
+        call()
+    times = []
+    for _ in range(runs):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return times
+
+
+def spread(times: Sequence[float], unit: float = 1.0) -> str:
+    """Median with smallest and largest, in units of `unit` seconds."""
+    return f"{statistics.median(times) / unit:,.1f} ({min(times) / unit:,.1f} .. {max(times) / unit:,.1f})"
+
+
+def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table, with the machine it was made on."""
+    import torch
+
+    table = Table(title=title, caption=f"{_processor()}, {os.cpu_count()} cores, torch {torch.__version__}")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right")
+    for row in rows:
+        table.add_row(*row)
+    Console(width=130).print(table)
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

@@ -1,0 +1,163 @@
+"""What goes wrong is said in one sentence with its exit code, and costs no checkpoint."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.training.jobs import SINGLE, SIZES, STEPS, TENSOR_2, TEXT, Run, finish, job, refusal
+from tests.training.moments import at_steps, full_disk
+
+TRAIN = ("train", *TEXT, *SIZES, *TENSOR_2)
+Unbroken = Callable[[str], Run]
+StoppedAt = Callable[[int], Run]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Relative path and content of every file of a run but its logs."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.parent.name != "logs"]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+# A full disk
+
+
+def test_a_full_disk_is_reported_and_training_goes_on(home: Path, name: str, unbroken: Unbroken) -> None:
+    run = Run(home / "runs" / name)
+    done = finish(home, *TRAIN, f"name={name}", world=2, before=full_disk(rank=1, first=7, last=10))
+    (failure,) = run.events("save_failed")
+    assert failure["step"] == 8
+    assert failure["error"].startswith("cannot save step 8: rank 1: ") and "File too large" in failure["error"]
+    assert f"save failed | step 8 | error {failure['error']}\n" in done.out
+    assert [row["step"] for row in run.events("checkpoint")] == [4, 12]
+    assert run.store.committed() == [4, 12]
+    assert run.store.leftovers() == []
+    for step in (4, 12):
+        run.store.verify(step)
+    assert run.curve == unbroken("tensor2").curve
+    assert run.status == "done"
+
+
+def test_a_run_whose_last_step_cannot_be_saved_is_not_done(home: Path, stopped_at: StoppedAt) -> None:
+    run = stopped_at(8)
+    train = (*TRAIN, f"name={run.folder.name}")
+    with job(home, *train, world=2, before=full_disk(rank=0, first=1, last=STEPS)) as unsaved:
+        assert unsaved.wait() == [4, 4]
+    assert unsaved.err == (
+        "titans-dist: stopped after step 12, which could not be saved; the earlier checkpoints are sound: "
+        "make room and start again to go on from the newest\n"
+    )
+    assert run.status == "interrupted"
+    assert run.store.committed() == [4, 8]
+    finish(home, *train, world=2)
+    assert run.after_resume() == [9, 10, 11, 12]
+    assert run.store.committed() == [4, 8, 12]
+    assert run.status == "done"
+
+
+def test_a_stop_that_cannot_be_saved_does_not_claim_to_be(home: Path, stopped_at: StoppedAt) -> None:
+    run = stopped_at(8)
+
+    def full_disk_then_sigterm(rank: int) -> None:
+        full_disk(rank=0, first=1, last=STEPS)(rank)
+        at_steps({2: lambda here: signal.raise_signal(signal.SIGTERM)})(rank)
+
+    with job(home, *TRAIN, f"name={run.folder.name}", world=2, before=full_disk_then_sigterm) as unsaved:
+        assert unsaved.wait() == [4, 4]
+    assert "titans-dist: stopped after step 10, which could not be saved" in unsaved.err
+    assert "which is saved" not in unsaved.err
+    assert run.status == "interrupted"
+    assert run.store.committed() == [4, 8]
+
+
+# Numbers that must not be trained on
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_leaves_the_checkpoints_before_it(home: Path, name: str) -> None:
+    run = Run(home / "runs" / name)
+    overrides = ("optimizer.lr=1e9", "training.checkpoint_interval=1", f"name={name}")
+    code, line = refusal(home, *TRAIN, *overrides, world=2)
+    last = run.steps[-1]
+    assert code == 5
+    assert f"step {last} gave loss {run.losses[last]} and gradient norm " in line and "smaller optimizer.lr" in line
+    assert not all(map(math.isfinite, run.curve[last]))
+    assert 1 < last < STEPS
+    assert run.store.committed() == list(range(1, last))[-3:]
+    for step in run.store.committed():
+        run.store.verify(step)
+
+
+def test_the_next_start_may_have_another_learning_rate(home: Path, stopped_at: StoppedAt, unbroken: Unbroken) -> None:
+    run = stopped_at(4)
+    train = (*TRAIN, f"name={run.folder.name}")
+    code, line = refusal(home, *train, "optimizer.lr=1e9", world=2)
+    assert code == 5
+    assert 4 < run.after_resume()[-1] < 8
+    assert run.store.committed() == [4]
+    finish(home, *train, world=2)
+    assert run.after_resume() == list(range(5, STEPS + 1))
+    assert run.curve == unbroken("tensor2").curve
+
+
+# Another run under the same name
+
+
+def test_another_model_under_the_same_name_is_refused_and_changes_nothing(home: Path, unbroken: Unbroken) -> None:
+    run = unbroken("tensor2")
+    before = contents(run.folder)
+    code, line = refusal(home, *TRAIN, "model.num_layers=3", "name=tensor2", world=2)
+    assert code == 4
+    assert line == (
+        f"titans-dist: {run.folder} holds another run: model.num_layers=3 (it was 2); "
+        "give this one its own name=NAME or use the old values"
+    )
+    assert contents(run.folder) == before
+
+
+# What cannot begin
+
+
+def test_data_of_a_larger_vocabulary_than_the_model_is_refused(home: Path, name: str) -> None:
+    code, line = refusal(home, "train", *TEXT, *SIZES, *SINGLE, "model.vocab_size=256", f"name={name}")
+    assert code == 2
+    assert "the data has 257 token ids but model.vocab_size=256; use model.vocab_size=320" in line
+    assert not (home / "runs" / name).exists()
+
+
+def test_missing_data_is_named(home: Path, name: str) -> None:
+    code, line = refusal(home, "train", *TEXT, *SIZES, *SINGLE, "data.path=data/nowhere", f"name={name}")
+    assert code == 4
+    assert "data/nowhere is not a folder" in line
+    assert not (home / "runs" / name).exists()
+
+
+@pytest.mark.parametrize("damage", ["removed", "cut short"])
+def test_a_damaged_shard_is_named_and_the_run_stays_as_it_is(
+    damage: str, home: Path, unbroken: Unbroken, tmp_path: Path
+) -> None:
+    run = unbroken("tensor2")
+    before = contents(run.folder)
+    shutil.copytree(home / "data" / "bytes", tmp_path / "bytes")
+    (shard,) = (tmp_path / "bytes" / "train").glob("*.mds")
+    if damage == "removed":
+        shard.unlink()
+    else:
+        shard.write_bytes(shard.read_bytes()[:-1])
+    code, line = refusal(home, *TRAIN, f"data.path={tmp_path / 'bytes'}", "name=tensor2", world=2)
+    assert code == 4
+    assert str(shard) in line
+    assert contents(run.folder) == before
+
+
+def test_a_number_of_processes_that_does_not_fit_the_layout_is_refused(home: Path, name: str) -> None:
+    code, line = refusal(home, "train", *TEXT, *SIZES, "parallel.tensor=4", f"name={name}", world=2)
+    assert code == 2
+    assert line == "titans-dist: 2 processes do not fit parallel.tensor=4; use a multiple of 4 processes"
+    code, line = refusal(home, "train", *TEXT, *SIZES, "parallel.tensor=2", "parallel.data=2", f"name={name}", world=2)
+    assert code == 2
+    assert line == "titans-dist: 2 processes do not fit parallel.tensor=2 x parallel.data=2; use parallel.data=1"
