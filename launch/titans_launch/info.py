@@ -74,7 +74,7 @@ def show_parameters(config: Config) -> None:
     """Print one row per kind of parameter, and the total."""
     from titans_dist import model
 
-    rows = model.describe(config.model, config.parallel)
+    rows = model.describe(config.model, config.parallel.tensor)
     table = Table(title="parameters", title_justify="left", show_footer=True)
     table.add_column("module", "total", overflow="fold")
     table.add_column("shape", no_wrap=True)

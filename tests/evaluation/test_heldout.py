@@ -63,7 +63,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     documents = [texts[name].encode() for name in sorted(texts) if is_held_out(texts[name].encode())]
     stream = np.array([token for document in documents for token in (*document, 256)])
     rows = (len(stream) - 1) // LENGTH
-    losses = np.array([row_loss(weights(run, STEPS), stream, row) for row in range(rows)])
+    model = weights(run, STEPS)
+    losses = np.array([row_loss(model, stream, row) for row in range(rows)])
     return Trained(home, run, documents, stream, losses)
 
 
@@ -88,8 +89,8 @@ def row_loss(model: torch.nn.Module, stream: np.ndarray, row: int) -> float:
     inputs = stream[row * LENGTH : (row + 1) * LENGTH]
     targets = stream[row * LENGTH + 1 : (row + 1) * LENGTH + 1]
     logits = model(torch.from_numpy(inputs)[None])[0].double().numpy()
-    logs = logits - np.log(np.exp(logits - logits.max(1, keepdims=True)).sum(1, keepdims=True))
-    logs -= logits.max(1, keepdims=True)
+    logits -= logits.max(1, keepdims=True)
+    logs = logits - np.log(np.exp(logits).sum(1, keepdims=True))
     return float(-np.mean([logs[position, target] for position, target in enumerate(targets)]))
 
 

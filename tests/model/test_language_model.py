@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from titans_dist.config import ConfigError, MemoryConfig, ModelConfig, ParallelConfig
+from titans_dist.config import ConfigError, MemoryConfig, ModelConfig
 from titans_dist.model import LanguageModel, build_model, describe
 
 SMALL = ModelConfig(
@@ -109,7 +109,7 @@ def test_an_illegal_model_is_refused_with_a_legal_value() -> None:
 
 
 def test_describe_counts_every_parameter_once() -> None:
-    rows = describe(SMALL, ParallelConfig(tensor=2))
+    rows = describe(SMALL, tensor_parallel=2)
     assert sum(count for _, _, count, _ in rows) == sum(p.numel() for p in build_model(SMALL).parameters())
     split = {name: how for name, _, _, how in rows}
     assert split["blocks.0-1.mlp.down.weight"] == "inputs / 2"

@@ -45,8 +45,8 @@ def test_a_line_per_interval_and_always_the_first_and_the_last(capsys: pytest.Ca
 
 def test_events_read_as_words(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     config = Config(name="demo", run_dir="unused", data=DataConfig(format="synthetic", path=""))
-    Tracker(tmp_path, config).event("save_failed", step=20, seconds=0.123456)
-    assert capsys.readouterr().out == "save failed | step 20 | seconds 0.1235\n"
+    Tracker(tmp_path, config).event("save_failed", step=20, loss=0.123456)
+    assert capsys.readouterr().out == "save failed | step 20 | loss 0.1235\n"
 
 
 @pytest.mark.parametrize(
@@ -55,6 +55,11 @@ def test_events_read_as_words(capsys: pytest.CaptureFixture[str], tmp_path: Path
 )
 def test_counts(count: float, text: str) -> None:
     assert human(count) == text
+
+
+def test_a_checkpoint_is_told_in_units(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    Tracker(tmp_path, Config()).event("checkpoint", step=20, seconds=0.3149, bytes=54_841_952)
+    assert capsys.readouterr().out == "checkpoint | step 20 | 0.31 s | 54.8MB\n"
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from titans_dist.config import ModelConfig, ParallelConfig
+from titans_dist.config import ModelConfig
 from titans_dist.model.language_model import LanguageModel
 
 Row = tuple[str, str, int, str]
@@ -22,7 +22,7 @@ def planned(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, str]]:
                 yield path, module, child, kind
 
 
-def describe(config: ModelConfig, parallel: ParallelConfig) -> list[Row]:
+def describe(config: ModelConfig, tensor_parallel: int = 1) -> list[Row]:
     """Rows (parameter, shape, number of parameters, how it is split); the blocks, all alike, share their rows."""
     with torch.device("meta"):
         model = LanguageModel(config)
@@ -32,7 +32,7 @@ def describe(config: ModelConfig, parallel: ParallelConfig) -> list[Row]:
         kind = next((k for prefix, k in kinds.items() if name == prefix or name.startswith(prefix + ".")), "")
         key = re.sub(r"^blocks\.\d+\.", f"blocks.0-{config.num_layers - 1}.", name)
         count = value.numel() + (rows[key][2] if key in rows else 0)
-        rows[key] = (key, " x ".join(map(str, value.shape)), count, _split(kind, parallel.tensor))
+        rows[key] = (key, " x ".join(map(str, value.shape)), count, _split(kind, tensor_parallel))
     return list(rows.values())
 
 

@@ -29,7 +29,7 @@ class Console:
 
     def event(self, name: str, fields: dict[str, Any]) -> None:
         """Print what happened beside the steps."""
-        _print(" | ".join([name.replace("_", " "), *(f"{key} {_value(value)}" for key, value in fields.items())]))
+        _print(" | ".join([name.replace("_", " "), *(_field(key, value) for key, value in fields.items())]))
 
 
 def step_line(row: StepRow, total_steps: int, eta_s: float) -> str:
@@ -76,8 +76,12 @@ def warn(text: str) -> None:
     print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
-def _value(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+def _field(key: str, value: Any) -> str:
+    if key == "seconds":
+        return f"{value:.2f} s"
+    if key == "bytes":
+        return f"{human(value)}B"
+    return f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
 
 
 def _print(line: str) -> None:

@@ -15,13 +15,14 @@ from titans_data import BatchSchedule, batches
 from titans_dist.checkpoint.sharded import load, newest_valid, save
 from titans_dist.checkpoint.store import Store
 from titans_dist.config import CheckpointError, Config, HealthError, Interrupted
+from titans_dist.model import describe
 from titans_dist.parallel.engine import Engine
 from titans_dist.parallel.processes import any_rank, processes
 from titans_dist.parallel.stage import MicroBatch
 from titans_dist.run.data import open_rows
 from titans_dist.run.folder import write_config, write_status
 from titans_dist.run.identity import check_identity, identity
-from titans_dist.tracking import StepRow, Tracker
+from titans_dist.tracking import StepRow, Tracker, human
 from titans_dist.training.signals import StopRequest
 
 
@@ -54,6 +55,7 @@ class Training:
         done = self._resume()
         if done >= training.steps:
             self._say(f"{self.config.run_dir} is done: {done} of {training.steps} steps")
+        self._introduce()
         schedule = BatchSchedule(len(self.rows), training.global_batch_size, self.config.data.seed)
         steps = batches(
             self.rows,
@@ -112,7 +114,7 @@ class Training:
         if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
             raise HealthError(
                 f"step {done} gave loss {result.loss} and gradient norm {result.grad_norm}; the last checkpoint is "
-                "sound: start again with a smaller optimizer.lr or another data.seed"
+                "sound: start again with a smaller optimizer.lr"
             )
         return done
 
@@ -131,6 +133,14 @@ class Training:
             self._status("running")
             self.tracker = Tracker(Path(self.config.run_dir), self.config, resumed_step=step, wandb_id=wandb_id)
         return step or 0
+
+    def _introduce(self) -> None:
+        config, parameters = self.config, sum(count for _, _, count, _ in describe(self.config.model))
+        self._say(
+            f"{config.run_dir} | {human(parameters)} parameters | {dist.get_world_size()} processes = tensor "
+            f"{config.parallel.tensor} x data {self.engine.data_size} on {self.device.type} | "
+            f"{human(self.rows.source.num_tokens)} tokens of text in rows of {config.data.sequence_length}"
+        )
 
     def _save(self, step: int) -> bool:
         """Save; whether there is a checkpoint of `step` now, the same on all ranks. A failure is an event."""
