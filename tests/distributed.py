@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 _PRE_IMPORTS = (
+    "titans_dist.megatron",
     "megatron.core.parallel_state",
     "megatron.core.tensor_parallel",
     "megatron.core.pipeline_parallel",

@@ -23,9 +23,7 @@ def test_each_token_is_a_weighted_sum_of_the_last_kernel_tokens(length: int, ker
     layer, x = conv(3, kernel), torch.randn(2, length, 3, dtype=torch.float64)
     y = layer(x)
     for t in range(length):
-        wanted = sum(
-            layer.weight[:, kernel - 1 - back] * x[:, t - back] for back in range(kernel) if t - back >= 0
-        )
+        wanted = sum(layer.weight[:, kernel - 1 - back] * x[:, t - back] for back in range(kernel) if t - back >= 0)
         torch.testing.assert_close(y[:, t], wanted)
 
 

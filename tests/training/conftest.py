@@ -53,15 +53,16 @@ def name(request: pytest.FixtureRequest) -> str:
 def stopped_at(unbroken: Callable[[str], Run], name: str) -> Callable[[int], Run]:
     """stopped_at(8) is a run of its own, named like the test, that stopped after its checkpoint at step 8."""
 
-    def copy(step: int) -> Run:
-        source = unbroken("tensor2")
-        run = Run(source.folder.with_name(name))
-        shutil.copytree(source.folder, run.folder)
-        for later in [saved for saved in run.store.committed() if saved > step]:
-            shutil.rmtree(run.store.folder(later))
-        rows = [row for row in source.rows if row["step"] <= step]
-        (run.folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        assert run.store.committed()[-1] == step
-        return run
+    return lambda step: rewound(unbroken("tensor2"), name, step)
 
-    return copy
+
+def rewound(source: Run, name: str, step: int) -> Run:
+    """A copy of a run that is done, named `name`, as it was after its checkpoint at `step`."""
+    run = Run(source.folder.with_name(name))
+    shutil.copytree(source.folder, run.folder)
+    for later in [saved for saved in run.store.committed() if saved > step]:
+        shutil.rmtree(run.store.folder(later))
+    rows = [row for row in source.rows if row["step"] <= step]
+    (run.folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert run.store.committed()[-1] == step
+    return run

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from tests.launch import command_line
-from tests.training.conftest import LAYOUTS
+from tests.training.conftest import LAYOUTS, rewound
 from tests.training.jobs import SINGLE, SIZES, STEPS, TENSOR_2, TEXT, Run, finish, job, wait_until
 from tests.training.moments import Before, at_steps, hold_before_step, hold_in_save
 from titans_launch.processes import kill_tree
@@ -125,6 +125,17 @@ def test_every_loss_is_bit_equal_after_a_kill(
     warnings = [line for line in resumed.out.splitlines() if "leftover" in line]
     assert len(warnings) == (1 if last == 8 else 0)
     assert all(str(cut_short) in line for line in warnings)
+
+
+def test_bfloat16_with_its_master_weights_goes_on_bit_equal_too(home: Path, name: str) -> None:
+    train = (*TRAIN, "training.precision=bfloat16")
+    finish(home, *train, f"name={name}-unbroken", world=2)
+    unbroken = Run(home / "runs" / f"{name}-unbroken")
+    run = rewound(unbroken, name, 4)
+    finish(home, *train, f"name={name}", world=2)
+    assert run.after_resume() == list(range(5, STEPS + 1))
+    assert run.curve == unbroken.curve
+    assert last_weights(run) == last_weights(unbroken)
 
 
 def test_a_run_that_is_done_says_so_and_trains_nothing(home: Path, stopped_at: StoppedAt) -> None:

@@ -24,6 +24,8 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+import titans_dist.megatron  # noqa: F401  # isort: skip  (quickens the imports below)
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, extract_matching_values, nested_values

@@ -100,14 +100,17 @@ class Engine:
     def sharded_state(self, is_loading: bool = False) -> dict[str, Any]:
         """Model and optimizer as this rank's part of a sharded checkpoint."""
         model = self.stage.sharded_state_dict()
-        with cpu_device_mode():
-            return {"model": model, "optimizer": optimizer_sharded_state(self.optimizer, model, is_loading)}
+        return {"model": model, "optimizer": optimizer_sharded_state(self.optimizer, model, is_loading)}
 
     def load(self, loaded: dict[str, Any], step: int) -> None:
         """Continue after `step` from a loaded `sharded_state`."""
         self.stage.load_parameters(loaded["model"])
-        with cpu_device_mode():
-            load_optimizer_state(self.optimizer, loaded["optimizer"])
+        # The checkpoint's groups bring their settings along; those of this start's configuration count.
+        kept = ("max_lr", "min_lr", "betas", "eps")
+        settings = [{key: group[key] for key in kept} for group in self.optimizer.param_groups]
+        load_optimizer_state(self.optimizer, loaded["optimizer"])
+        for group, values in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(values)
         self.scheduler.num_steps = step
 
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from titans_data import BatchSchedule, batches
 from titans_dist.checkpoint.sharded import load, newest_valid, save
 from titans_dist.checkpoint.store import Store
-from titans_dist.config import CheckpointError, Config, HealthError, Interrupted
+from titans_dist.config import Config, HealthError, Interrupted, UserError
 from titans_dist.model import describe
 from titans_dist.parallel.engine import Engine
 from titans_dist.parallel.processes import any_rank, processes
@@ -52,10 +52,12 @@ class Training:
     def run(self) -> None:
         """Resume, then one optimizer step after another."""
         training = self.config.training
-        done = self._resume()
+        resumed, wandb_id = self._resume()
+        done = resumed or 0
         if done >= training.steps:
             self._say(f"{self.config.run_dir} is done: {done} of {training.steps} steps")
-        self._introduce()
+            return
+        self._start(resumed, wandb_id)
         schedule = BatchSchedule(len(self.rows), training.global_batch_size, self.config.data.seed)
         steps = batches(
             self.rows,
@@ -76,7 +78,7 @@ class Training:
                     is_saved = self._save(done)
                     if ends and not is_saved:
                         self._status("interrupted")
-                        raise CheckpointError(
+                        raise UserError(
                             f"stopped after step {done}, which could not be saved; the earlier checkpoints are sound: "
                             "make room and start again to go on from the newest"
                         )
@@ -118,29 +120,29 @@ class Training:
             )
         return done
 
-    def _resume(self) -> int:
-        """Load the newest valid checkpoint, if there is one; returns the number of steps done."""
+    def _resume(self) -> tuple[int | None, str | None]:
+        """Load the newest valid checkpoint, if there is one; returns its step and the id of its wandb run."""
         step = newest_valid(self.store, self._say)
-        wandb_id = None
-        if step is not None:
-            meta = self.store.meta(step)
-            check_identity(meta["identity"], self.identity, self.config.run_dir)
-            loaded = load(self.store, step, self.engine.sharded_state(is_loading=True))
-            self.engine.load(loaded, step)
-            wandb_id = meta["wandb_id"]
-        if self.main:
-            write_config(self.config)
-            self._status("running")
-            self.tracker = Tracker(Path(self.config.run_dir), self.config, resumed_step=step, wandb_id=wandb_id)
-        return step or 0
+        if step is None:
+            return None, None
+        meta = self.store.meta(step)
+        check_identity(meta["identity"], self.identity, self.config.run_dir)
+        self.engine.load(load(self.store, step, self.engine.sharded_state(is_loading=True)), step)
+        return step, meta["wandb_id"]
 
-    def _introduce(self) -> None:
+    def _start(self, resumed: int | None, wandb_id: str | None) -> None:
+        """Open the run folder and say what is about to be trained, on rank 0."""
+        if not self.main:
+            return
         config, parameters = self.config, sum(count for _, _, count, _ in describe(self.config.model))
+        write_config(config)
+        self._status("running")
         self._say(
             f"{config.run_dir} | {human(parameters)} parameters | {dist.get_world_size()} processes = tensor "
             f"{config.parallel.tensor} x data {self.engine.data_size} on {self.device.type} | "
-            f"{human(self.rows.source.num_tokens)} tokens of text in rows of {config.data.sequence_length}"
+            f"{human(self.rows.source.num_tokens)} tokens in rows of {config.data.sequence_length}"
         )
+        self.tracker = Tracker(Path(config.run_dir), config, resumed_step=resumed, wandb_id=wandb_id)
 
     def _save(self, step: int) -> bool:
         """Save; whether there is a checkpoint of `step` now, the same on all ranks. A failure is an event."""
