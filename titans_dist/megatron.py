@@ -36,7 +36,7 @@ def _uncompiled(function: Callable[..., Any] | None = None, **options: Any) -> A
 @contextlib.contextmanager
 def _put_aside() -> Iterator[None]:
     compile_, had_wandb = torch.compile, "wandb" in sys.modules
-    torch.compile = _uncompiled
+    torch.compile = _uncompiled  # type: ignore[assignment]
     if not had_wandb:
         sys.modules["wandb"] = None  # type: ignore[assignment]  # makes its import fail
     try:

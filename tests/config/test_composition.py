@@ -60,7 +60,7 @@ def unknown(content: dict[str, typing.Any], known: dict[str, typing.Any]) -> lis
 def test_the_defaults_are_the_quickstart() -> None:
     config = composed()
     validate(config)
-    assert (config.parallel.tensor, config.data.format, config.training.steps) == (2, "stdlib", 160)
+    assert (config.parallel.tensor, config.data.format, config.training.steps) == (2, "stdlib", 200)
 
 
 @pytest.mark.parametrize("name", options("experiment"))

@@ -18,7 +18,6 @@ ROOT = Path(__file__).parents[2]
 TINY = [
     "parallel.tensor=1",
     "training.steps=2",
-    "optimizer.warmup_steps=1",
     "training.global_batch_size=4",
     "training.micro_batch_size=2",
     "data.sequence_length=32",

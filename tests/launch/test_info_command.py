@@ -19,7 +19,7 @@ def test_versions_devices_layout_and_parameters(cli: Cli, tmp_path: Path) -> Non
     assert cells["hydra-core"] == metadata.version("hydra-core")
     assert "cores" in cells["cpu"]
     assert cells["processes"] == "6 = tensor 2 x data 3"
-    assert cells["batch"] == "48 sequences = 12,288 tokens, 1 micro-batch(es) per copy"
+    assert cells["batch"] == "48 sequences = 12,288 tokens, 2 micro-batch(es) per copy"
     assert not list(tmp_path.iterdir())
 
     rows = re.findall(r"│ (\S+) +│[^│]*│ +([\d,]+) │", run.stdout)

@@ -122,3 +122,20 @@ def test_bfloat16_follows_float32_roughly() -> None:
     for history, parts, _ in run_distributed(train_rank, 2, config):
         assert all(value.dtype == torch.bfloat16 for value, _ in parts.values())
         assert [loss for loss, _ in history] == pytest.approx([loss for loss, _ in wanted], rel=1e-2)
+
+
+def test_a_run_shorter_than_its_warm_up_is_the_start_of_the_long_one() -> None:
+    def rates(rank: int, world: int) -> list[float]:
+        from megatron.core import parallel_state
+
+        from titans_dist.parallel import cpu
+        from titans_dist.parallel.engine import Engine
+
+        cpu.install()
+        parallel_state.initialize_model_parallel(1)
+        settings = dataclasses.replace(CONFIG.optimizer, warmup_steps=20)
+        config = dataclasses.replace(CONFIG, optimizer=settings, training=TrainingConfig(steps=2))
+        engine = Engine(config, torch.device("cpu"))
+        return [engine.step([{"tokens": rows(step)}]).lr for step in range(2)]
+
+    assert run_distributed(rates, 1)[0] == pytest.approx([CONFIG.optimizer.lr / 20, CONFIG.optimizer.lr / 10])

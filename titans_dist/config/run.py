@@ -60,7 +60,7 @@ class OptimizerConfig:
     min_lr_ratio: float = 0.1
     """Learning rate at the end as a share of the peak, 0 to 1."""
     warmup_steps: int = 10
-    """Steps of linear warm-up, >= 0."""
+    """Steps of linear warm-up, >= 0; a run of fewer steps ends inside it."""
     weight_decay: float = 0.1
     """Decoupled weight decay of matrices; vectors are not decayed. >= 0."""
     beta1: float = 0.9

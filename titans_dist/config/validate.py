@@ -118,11 +118,6 @@ def _training(config: Config) -> None:
         at_least("evaluation.max_sequences", config.evaluation.max_sequences, 1)
     at_least("cluster.timeout_s", config.cluster.timeout_s, 1)
     at_least("cluster.threads", config.cluster.threads, 1)
-    if config.optimizer.warmup_steps >= training.steps:
-        raise ConfigError(
-            f"optimizer.warmup_steps={config.optimizer.warmup_steps} leaves no step after the warm-up of "
-            f"training.steps={training.steps}; use fewer than {training.steps}"
-        )
     rows = training.micro_batch_size * (config.parallel.data or 1)
     if training.global_batch_size % rows:
         raise ConfigError(

@@ -140,7 +140,8 @@ def _scheduler(config: Config, optimizer: Any) -> OptimizerParamScheduler:
         max_lr=settings.lr,
         min_lr=settings.lr * settings.min_lr_ratio,
         lr_warmup_steps=settings.warmup_steps,
-        lr_decay_steps=config.training.steps,
+        # A run that ends inside its warm-up is a short trial of the long one, and legal.
+        lr_decay_steps=max(config.training.steps, settings.warmup_steps + 1),
         lr_decay_style="cosine",
         start_wd=settings.weight_decay,
         end_wd=settings.weight_decay,
