@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 
-def seconds(call: Callable[[], object], runs: int = 5, warmup: int = 1) -> list[float]:
+def seconds(call: Callable[[], object], runs: int = 5, warmup: int = 2) -> list[float]:
     """Wall seconds of each of `runs` calls, after `warmup` calls that do not count."""
     for _ in range(warmup):
         call()

@@ -12,7 +12,8 @@ from torch import Tensor
 class ChunkGates:
     """Coefficients of all N chunks at once, for chunks of b tokens.
 
-    `W_t = keep_t W_c + carry_t S_c - sum_i write_ti u_i` and `S_t = fade_t S_c - sum_i surprise_ti u_i`.
+    With the gradients u: `W_t = keep_t W_c + carry_t S_c - sum_i write_ti u_i`, and the surprise
+    `S_t = fade_t S_c - sum_i surprise_ti u_i`.
     keep, carry, fade (B, H, N, b, 1); write, surprise (B, H, N, b, b), lower triangular: this is the causal mask.
     Without momentum carry, fade and surprise are None.
     """
@@ -23,16 +24,18 @@ class ChunkGates:
     fade: Tensor | None = None
     surprise: Tensor | None = None
 
-    def chunk(self, n: int, length: int) -> ChunkGates:
-        """Chunk `n` alone, cut to its first `length` tokens: exact, because the gates are causal."""
+    def split(self, lengths: list[int]) -> list[ChunkGates]:
+        """The gates of each chunk alone, (B H, tokens, ..), cut to its length: exact, because the gates are causal.
 
-        def rows(x: Tensor | None) -> Tensor | None:
-            return None if x is None else x[:, :, n, :length]
+        All chunks are unbound at once. Taking them one by one would make each one's gradient as large as all.
+        """
+        parts = [[None] * len(lengths) if x is None else x.flatten(0, 1).unbind(1) for x in vars(self).values()]
+        return [ChunkGates(*(_cut(x, c) for x in chunk)) for *chunk, c in zip(*parts, lengths, strict=True)]
 
-        keep, write, surprise = self.keep[:, :, n, :length], self.write[:, :, n, :length, :length], rows(self.surprise)
-        if surprise is not None:
-            surprise = surprise[..., :length]
-        return ChunkGates(keep, write, rows(self.carry), rows(self.fade), surprise)
+
+def _cut(x: Tensor | None, length: int) -> Tensor | None:
+    """The first `length` tokens of gates (B H, b, 1) or (B H, b, b)."""
+    return x if x is None or x.shape[1] == length else x[:, :length, :length]
 
 
 def decay_products(factor: Tensor) -> tuple[Tensor, Tensor]:
@@ -43,9 +46,9 @@ def decay_products(factor: Tensor) -> tuple[Tensor, Tensor]:
     """
     b = factor.shape[-1]
     log = factor.clamp_min(torch.finfo(factor.dtype).tiny).log()
-    lower = torch.ones(b, b, dtype=torch.bool, device=factor.device).tril()
-    spans = log.unsqueeze(-1).expand(*log.shape, b).masked_fill(~lower.tril(-1), 0).cumsum(-2)
-    return log.cumsum(-1).exp(), spans.exp().masked_fill(~lower, 0)
+    lower = torch.ones(b, b, dtype=factor.dtype, device=factor.device).tril()
+    spans = lower @ (log.unsqueeze(-1) * lower.tril(-1))  # sums over j <= t of the logarithms with j > s
+    return (log @ lower.mT).exp(), spans.exp() * lower
 
 
 def chunk_gates(alpha: Tensor, eta: Tensor | None, theta: Tensor) -> ChunkGates:

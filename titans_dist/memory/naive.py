@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from titans_dist.memory.activations import ACTIVATIONS
-from titans_dist.memory.network import Norm, inner_gradient, output
+from titans_dist.memory.network import Norm, descent, output
 from titans_dist.memory.spec import MemorySpec, MemoryState
 
 
@@ -39,14 +39,14 @@ def recurrence(
         if t % chunk_size == 0:
             anchor = weights
         before = weights
-        inputs, deltas = inner_gradient(spec, anchor, k[:, :, t : t + 1], v[:, :, t : t + 1], norm)
+        inputs, deltas = descent(spec, anchor, k[:, :, t : t + 1], v[:, :, t : t + 1], norm)
         steps = [theta[:, :, t, None, None] * (a.mT @ d) for a, d in zip(inputs, deltas, strict=True)]
         keep = 1 - alpha[:, :, t, None, None]
         if eta is not None:
-            momentum = [eta[:, :, t, None, None] * s - step for s, step in zip(momentum, steps, strict=True)]
+            momentum = [eta[:, :, t, None, None] * s + step for s, step in zip(momentum, steps, strict=True)]
             weights = [keep * w + s for w, s in zip(weights, momentum, strict=True)]
         else:
-            weights = [keep * w - step for w, step in zip(weights, steps, strict=True)]
+            weights = [keep * w + step for w, step in zip(weights, steps, strict=True)]
         x = query = q[:, :, t : t + 1]
         seen = weights if read == "after" else before
         for i, w in enumerate(seen):

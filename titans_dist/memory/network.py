@@ -1,13 +1,15 @@
 """The memory as a network: its output, and the gradient of its inner loss written out by hand.
 
 The loss is l(W; k, v) = ||f_W(k) - v||^2, summed over features. Each layer's gradient is an outer product
-a_{l-1}^T delta_l, so the pair (inputs, deltas) says all of it.
+-a_{l-1}^T delta_l with delta_l = -dl/dz_l, so the pair (inputs, deltas) says all of it. The sign is that of a write:
+what the memory adds, not what it would subtract.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from titans_dist.memory.activations import ACTIVATIONS
 from titans_dist.memory.spec import MemorySpec
@@ -29,28 +31,29 @@ def output(spec: MemorySpec, x: Tensor, raw: Tensor, norm: Norm | None) -> Tenso
         return raw
     assert norm is not None
     gain, bias = norm
-    return x + layer_norm(raw)[0] * gain + bias
+    return x + F.layer_norm(raw, raw.shape[-1:], eps=NORM_EPS) * gain + bias
 
 
-def inner_gradient(
+def descent(
     spec: MemorySpec, weights: list[Tensor], k: Tensor, v: Tensor, norm: Norm | None
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Inputs a_{l-1} (..., n, d_in) and deltas dl/dz_l (..., n, d_out) of every layer for n pairs (k, v)."""
-    activation, derivative = ACTIVATIONS[spec.activation]
-    inputs, pre = [k], []
-    for i, w in enumerate(weights):
-        pre.append(inputs[-1] @ w)
-        if i + 1 < len(weights):
-            inputs.append(activation(pre[-1]))
+    """Inputs a_{l-1} (..., n, d_in) and deltas -dl/dz_l (..., n, d_out) of every layer for n pairs (k, v)."""
+    _, with_slope = ACTIVATIONS[spec.activation]
+    inputs, slopes = [k], []
+    for w in weights[:-1]:
+        a, slope = with_slope(inputs[-1] @ w)
+        inputs.append(a)
+        slopes.append(slope)
+    raw = inputs[-1] @ weights[-1]
     if spec.residual:
         assert norm is not None
         gain, bias = norm
-        normal, rstd = layer_norm(pre[-1])
-        g = 2 * (k + normal * gain + bias - v) * gain
+        normal, rstd = layer_norm(raw)
+        g = 2 * (v - k - normal * gain - bias) * gain
         delta = rstd * (g - g.mean(-1, keepdim=True) - normal * (g * normal).mean(-1, keepdim=True))
     else:
-        delta = 2 * (pre[-1] - v)
+        delta = 2 * (v - raw)
     deltas = [delta]
     for i in range(len(weights) - 1, 0, -1):
-        deltas.append((deltas[-1] @ weights[i].mT) * derivative(pre[i - 1]))
+        deltas.append((deltas[-1] @ weights[i].mT) * slopes[i - 1])
     return inputs, deltas[::-1]
