@@ -1,6 +1,6 @@
 """The memory operator by itself, forward and backward: the chunked form beside the token-by-token recurrence.
 
-Both compute the same numbers, from the same inputs, with gradients of every input, on one thread. The recurrence is
+Both compute the same numbers, from the same inputs, with gradients of every input, on all cores. The recurrence is
 batched over sequences and heads and writes its inner gradient out by hand, as the chunked form does.
 
     python benchmarks/operator.py [--length 1024] [--chunk-size 64] [--heads 4] [--head-dim 64] [--depth 2]
@@ -9,6 +9,7 @@ batched over sequences and heads and writes its inner gradient out by hand, as t
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 from collections.abc import Callable
 
@@ -30,7 +31,7 @@ def make_call(form: Form, args: argparse.Namespace, outputs: list[Tensor]) -> Ca
     g = torch.Generator().manual_seed(0)
     shape = (args.batch, args.heads, args.length, args.head_dim)
     q, k, v = (torch.randn(shape, generator=g) for _ in range(3))
-    alpha, eta, theta = (torch.rand(shape[:3], generator=g) * high for high in (0.1, 0.9, 0.1 / args.chunk_size))
+    alpha, eta, theta = (torch.rand(shape[:3], generator=g) * high for high in (0.1, 0.9, 0.01 / args.chunk_size))
     shapes = zip(spec.shapes(args.head_dim), spec.initial_std(args.head_dim), strict=True)
     weights = [torch.randn(args.heads, *size, generator=g) * std for size, std in shapes]
     norm = (torch.ones(args.heads, 1, args.head_dim), torch.zeros(args.heads, 1, args.head_dim))
@@ -49,10 +50,10 @@ def make_call(form: Form, args: argparse.Namespace, outputs: list[Tensor]) -> Ca
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("batch", 1), ("length", 1024), ("heads", 4), ("head-dim", 64), ("depth", 2),
-                          ("expansion", 4), ("chunk-size", 64), ("runs", 5)):  # fmt: skip
+                          ("expansion", 4), ("chunk-size", 64), ("threads", os.cpu_count()), ("runs", 5)):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default)
     args = parser.parse_args()
-    torch.set_num_threads(1)
+    torch.set_num_threads(args.threads)
     results: dict[str, tuple[list[float], Tensor]] = {}
     for name, form in (("chunked dual form", dual_form), ("token by token", recurrence)):
         outputs: list[Tensor] = []
@@ -71,7 +72,8 @@ def main() -> None:
     ]
     show(
         f"Memory operator, forward + backward: batch {args.batch}, T {args.length}, {args.heads} heads of "
-        f"{args.head_dim}, depth {args.depth}, expansion {args.expansion}, chunk {args.chunk_size}, float32, 1 thread",
+        f"{args.head_dim}, depth {args.depth}, expansion {args.expansion}, chunk {args.chunk_size}, float32, "
+        f"{args.threads} threads",
         ["form", f"ms, median of {args.runs} (min .. max)", "tokens/s", "speed", "largest difference of y"],
         rows,
     )

@@ -1,4 +1,7 @@
-"""The gates of a chunk in closed form: what reaches token t of every write, of W and of S at the chunk's start."""
+"""The gates of a chunk in closed form: what reaches token t, and the chunk's end, of every write and of the past.
+
+The memory's past is W_c and, with momentum, S_c: m = 1 or 2 slots, which the gates mix.
+"""
 
 from __future__ import annotations
 
@@ -10,39 +13,34 @@ from torch import Tensor
 
 @dataclass
 class ChunkGates:
-    """Coefficients of all N chunks at once, for chunks of b tokens.
+    """Coefficients of all N chunks of b tokens. With the inner gradients u_i and the slots X = (W, S) or (W,):
 
-    With the gradients u: `W_t = keep_t W_c + carry_t S_c - sum_i write_ti u_i`, and the surprise
-    `S_t = fade_t S_c - sum_i surprise_ti u_i`.
-    keep, carry, fade (B, H, N, b, 1); write, surprise (B, H, N, b, b), lower triangular: this is the causal mask.
-    Without momentum carry, fade and surprise are None.
+        W_t = sum_m past_tm X_m - sum_i write_ti u_i          token t's memory
+        X'_m = sum_n keep_mn X_n - sum_i add_mi u_i            the slots at the chunk's end
+
+    past (B, H, N, b, m); write (B, H, N, b, b), lower triangular: this is the causal mask; keep (B, H, N, m, m);
+    add (B, H, N, m, b).
     """
 
-    keep: Tensor
+    past: Tensor
     write: Tensor
-    carry: Tensor | None = None
-    fade: Tensor | None = None
-    surprise: Tensor | None = None
+    keep: Tensor
+    add: Tensor
 
-    def split(self, lengths: list[int]) -> list[ChunkGates]:
-        """The gates of each chunk alone, (B H, tokens, ..), cut to its length: exact, because the gates are causal.
+    def split(self) -> list[ChunkGates]:
+        """The gates of each chunk alone, batch and heads in one dimension.
 
         All chunks are unbound at once. Taking them one by one would make each one's gradient as large as all.
         """
-        parts = [[None] * len(lengths) if x is None else x.flatten(0, 1).unbind(1) for x in vars(self).values()]
-        return [ChunkGates(*(_cut(x, c) for x in chunk)) for *chunk, c in zip(*parts, lengths, strict=True)]
-
-
-def _cut(x: Tensor | None, length: int) -> Tensor | None:
-    """The first `length` tokens of gates (B H, b, 1) or (B H, b, b)."""
-    return x if x is None or x.shape[1] == length else x[:, :length, :length]
+        chunks = zip(*(x.flatten(0, 1).unbind(1) for x in vars(self).values()), strict=True)
+        return [ChunkGates(*chunk) for chunk in chunks]
 
 
 def decay_products(factor: Tensor) -> tuple[Tensor, Tensor]:
     """Products of factors (..., b) within a chunk: from its start, (..., b), and between tokens, (..., b, b).
 
     Entry (t, s) of the second is prod_{s < j <= t} factor_j for s <= t (1 on the diagonal) and 0 above it. Sums of
-    logarithms over each span, never a quotient of products: those underflow.
+    logarithms over each span, never a quotient of products or a difference of sums: those underflow or cancel.
     """
     b = factor.shape[-1]
     log = factor.clamp_min(torch.finfo(factor.dtype).tiny).log()
@@ -53,20 +51,27 @@ def decay_products(factor: Tensor) -> tuple[Tensor, Tensor]:
 
 def chunk_gates(alpha: Tensor, eta: Tensor | None, theta: Tensor) -> ChunkGates:
     """Gates (B, H, N, b) -> ChunkGates. `alpha` is the share forgotten; `eta` None means no momentum."""
-    keep, forget = decay_products(1 - alpha)
+    kept, forget = decay_products(1 - alpha)
     if eta is None:
-        return ChunkGates(keep.unsqueeze(-1), forget * theta.unsqueeze(-2))
+        past, write = kept.unsqueeze(-1), forget * theta.unsqueeze(-2)
+        return ChunkGates(past, write, past[..., -1:, :], write[..., -1:, :])
     fade, span = decay_products(eta)
-    surprise = span * theta.unsqueeze(-2)
-    carry = forget @ fade.unsqueeze(-1)
-    return ChunkGates(keep.unsqueeze(-1), forget @ surprise, carry, fade.unsqueeze(-1), surprise)
+    surprise = span * theta.unsqueeze(-2)  # what of each gradient is in S_t
+    past = torch.stack([kept, (forget @ fade.unsqueeze(-1)).squeeze(-1)], -1)
+    write = forget @ surprise
+    faded = torch.stack([torch.zeros_like(fade[..., -1]), fade[..., -1]], -1).unsqueeze(-2)
+    return ChunkGates(
+        past,
+        write,
+        torch.cat([past[..., -1:, :], faded], -2),
+        torch.cat([write[..., -1:, :], surprise[..., -1:, :]], -2),
+    )
 
 
 def read_before(gates: ChunkGates) -> ChunkGates:
-    """The same chunk seen one token earlier: row t holds what token t - 1 left (row 0: the chunk's start)."""
-
-    def shift(x: Tensor, first: float) -> Tensor:
-        return torch.cat([torch.full_like(x[..., :1, :], first), x[..., :-1, :]], -2)
-
-    carry = None if gates.carry is None else shift(gates.carry, 0.0)
-    return ChunkGates(shift(gates.keep, 1.0), shift(gates.write, 0.0), carry)
+    """The same chunk read one token earlier: row t holds what token t - 1 left (row 0: the chunk's start, W_c)."""
+    start = torch.zeros_like(gates.past[..., :1, :])
+    start[..., 0] = 1
+    past = torch.cat([start, gates.past[..., :-1, :]], -2)
+    write = torch.cat([torch.zeros_like(gates.write[..., :1, :]), gates.write[..., :-1, :]], -2)
+    return ChunkGates(past, write, gates.keep, gates.add)
