@@ -31,13 +31,14 @@ class MemorySpec:
     def initial_std(self, head_dim: int) -> list[float]:
         """Standard deviation of each layer's initial weights.
 
-        With `residual` a unit key gives outputs of unit variance before the LayerNorm: with smaller ones every inner
-        gradient is larger by as much, and writes overshoot. Without it, small outputs are the stable start.
+        With `residual` the last layer of a deep memory starts large. Under the LayerNorm its scale changes no output,
+        but divides its inner gradients: a chunk of equal keys then moves the memory by its error, not by many times it.
         """
-        first, *others = self.shapes(head_dim)
-        if self.residual:
-            return [1.0] + [(2 / d_in) ** 0.5 for d_in, _ in others]
-        return [d_in**-0.5 for d_in, _ in (first, *others)]
+        stds = [d_in**-0.5 for d_in, _ in self.shapes(head_dim)]
+        if not self.residual:
+            return stds
+        stds[0] = 1.0  # keys have unit length
+        return stds if self.depth == 1 else [*stds[:-1], 5 * stds[-1]]
 
 
 @dataclass

@@ -138,7 +138,7 @@ class Training:
         write_config(config)
         self._status("running")
         self._say(
-            f"{config.run_dir} | {human(parameters)} parameters | {dist.get_world_size()} processes = tensor "
+            f"{Path(config.run_dir).name} | {human(parameters)} parameters | {dist.get_world_size()} processes = tensor "
             f"{config.parallel.tensor} x data {self.engine.data_size} on {self.device.type} | "
             f"{human(self.rows.source.num_tokens)} tokens in rows of {config.data.sequence_length}"
         )
