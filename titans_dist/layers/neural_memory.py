@@ -13,8 +13,9 @@ from titans_dist.layers.norm import HeadNorm
 from titans_dist.layers.parameter import constant, linear, logit, normal, parameter
 from titans_dist.memory import MemorySpec, MemoryState, neural_memory
 
-# The gates before training: what is forgotten, what momentum is kept, and how fast is learned, each per token.
-ALPHA, ETA, THETA = 0.01, 0.9, 0.03
+# The gates before training, each per token: the share forgotten, the momentum kept, and the inner learning rate as a
+# share of theta_max.
+ALPHA, ETA, THETA = 0.01, 0.9, 0.1
 
 
 class NeuralMemory(nn.Module):
@@ -34,7 +35,7 @@ class NeuralMemory(nn.Module):
         hidden, heads, dim, memory = config.hidden_size, config.num_heads, config.head_dim, config.memory
         self.spec = MemorySpec(memory.depth, memory.expansion, memory.activation, memory.residual, memory.momentum)
         self.head_dim, self.chunk_size, self.read = dim, memory.chunk_size, memory.read
-        self.theta_max = memory.theta_max or 1 / memory.chunk_size
+        self.theta_max = memory.theta_max or (1 - ETA if memory.momentum else 1.0) / memory.chunk_size
         self.q = linear(hidden, hidden, config.init_std)
         self.k = linear(hidden, hidden, config.init_std)
         self.v = linear(hidden, hidden, config.init_std)
