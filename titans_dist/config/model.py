@@ -24,7 +24,7 @@ class MemoryConfig:
     read: str = "after"
     """Whether a token reads the memory after its own write (after) or before it (before)."""
     theta_max: float | None = None
-    """Largest inner learning rate, > 0. Unset: 1 / chunk_size, and a tenth of it with momentum, which adds up to tenfold:
+    """Largest inner learning rate, > 0. Unset: 1 / chunk_size; with momentum, which adds up to tenfold, a tenth of it:
     a chunk of equal keys then moves the memory by about one step."""
 
 

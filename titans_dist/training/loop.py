@@ -138,8 +138,8 @@ class Training:
         write_config(config)
         self._status("running")
         self._say(
-            f"{Path(config.run_dir).name} | {human(parameters)} parameters | {dist.get_world_size()} processes = tensor "
-            f"{config.parallel.tensor} x data {self.engine.data_size} on {self.device.type} | "
+            f"{Path(config.run_dir).name} | {human(parameters)} parameters | {dist.get_world_size()} processes = "
+            f"tensor {config.parallel.tensor} x data {self.engine.data_size} on {self.device.type} | "
             f"{human(self.rows.source.num_tokens)} tokens in rows of {config.data.sequence_length}"
         )
         self.tracker = Tracker(Path(config.run_dir), config, resumed_step=resumed, wandb_id=wandb_id)
