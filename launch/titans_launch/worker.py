@@ -7,7 +7,6 @@ import os
 import signal
 import sys
 import time
-import warnings
 from pathlib import Path
 from types import FrameType
 
@@ -65,8 +64,6 @@ def log_path(run_dir: Path, command: str, rank: int) -> Path:
 def redirect(run_dir: Path, command: str) -> None:
     """Send all output of this worker to its log file; rank 0 keeps the console unless the local launcher follows it."""
     global _redirected
-    # Every import of megatron-core says that Transformer Engine and Apex are not installed; neither is needed.
-    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.")
     if rank() == 0 and REPORTS not in os.environ:
         return
     path = log_path(run_dir, command, rank())
