@@ -1,82 +1,313 @@
-"""The memory operator by itself, forward and backward: the chunked form beside the token-by-token recurrence.
+"""The memory by itself, forward and backward, beside what else can be installed: speed, semantics, growth with T.
 
-Both compute the same numbers, from the same inputs, with gradients of every input, on all cores. The recurrence is
-batched over sequences and heads and writes its inner gradient out by hand, as the chunked form does.
+    python benchmarks/operator.py [--length 512] [--chunk-size 16] [--heads 4] [--head-dim 32] [--device cpu] [...]
 
-    python benchmarks/operator.py [--length 1024] [--chunk-size 64] [--heads 4] [--head-dim 64] [--depth 2]
+Three tables: the layer beside titans-pytorch's; forms of the operator beside flash-linear-attention's references; time
+per token and peak memory as the sequence grows. Rivals take turns within each run, so that a busy machine slows all of
+them. Peers come with `pip install "titans-dist[peers]"`; without them their rows say so.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
+import importlib.util
 import statistics
+import subprocess
+import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from timing import seconds, show, spread
-from torch import Tensor
+from timing import show, spread, taking_turns
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from titans_dist.memory import MemorySpec, MemoryState, initial_state
-from titans_dist.memory.chunked import dual_form
-from titans_dist.memory.naive import recurrence
+from titans_dist.config import MemoryConfig, ModelConfig
+from titans_dist.memory import MemorySpec, neural_memory
+from titans_dist.layers.mixers import build_mixer
+from titans_dist.layers.parameter import Parameter, initial_value
 
-Form = Callable[..., tuple[Tensor, MemoryState]]
+Call = Callable[[], object]
+LENGTHS = (2048, 4096, 8192, 16384)
 
 
-def make_call(form: Form, args: argparse.Namespace, outputs: list[Tensor]) -> Callable[[], None]:
-    """A forward and backward pass of `form` on fixed random inputs; keeps the last y in `outputs`."""
-    spec = MemorySpec(depth=args.depth, expansion=args.expansion)
+def layer(args: argparse.Namespace) -> Call:
+    """This project's memory layer with its projections, convolutions, gates and norms."""
+    memory = MemoryConfig(
+        depth=args.depth, expansion=args.expansion, chunk_size=args.chunk_size, recompute=args.recompute
+    )
+    hidden = args.heads * args.head_dim
+    config = ModelConfig(
+        variant="lmm", hidden_size=hidden, num_heads=args.heads, persistent_tokens=0, memory=memory, num_layers=1
+    )
+    module = build_mixer(config)
+    with torch.no_grad():
+        for name, value in module.named_parameters():
+            assert isinstance(value, Parameter)
+            value.copy_(initial_value(name, tuple(value.shape), value.init, 0))
+    return trained(module.to(args.device), args)
+
+
+def titans_pytorch_layer(args: argparse.Namespace, exact: bool) -> Call:
+    """Its NeuralMemory of the same sizes; `exact`: the gradient's chunk is the update's, as in the paper."""
+    from titans_pytorch import MemoryMLP, NeuralMemory
+
+    module = NeuralMemory(
+        dim=args.heads * args.head_dim,
+        heads=args.heads,
+        dim_head=args.head_dim,
+        chunk_size=args.chunk_size,
+        batch_size=args.chunk_size if exact else None,
+        model=MemoryMLP(dim=args.head_dim, depth=args.depth, expansion_factor=float(args.expansion)),
+    )
+    for part in module.modules():  # with several heads its parameters are views that cannot be trained
+        for name, value in list(part._parameters.items()):
+            if value is not None:
+                part._parameters[name] = nn.Parameter(value.detach().clone().contiguous())
+    return trained(module.to(args.device), args)
+
+
+def trained(module: nn.Module, args: argparse.Namespace) -> Call:
+    """Forward and backward of a layer (B, T, hidden) -> (B, T, hidden), or a tuple that begins with it."""
     g = torch.Generator().manual_seed(0)
-    shape = (args.batch, args.heads, args.length, args.head_dim)
-    q, k, v = (torch.randn(shape, generator=g) for _ in range(3))
-    alpha, eta, theta = (torch.rand(shape[:3], generator=g) * high for high in (0.1, 0.9, 0.01 / args.chunk_size))
-    shapes = zip(spec.shapes(args.head_dim), spec.initial_std(args.head_dim), strict=True)
-    weights = [torch.randn(args.heads, *size, generator=g) * std for size, std in shapes]
-    norm = (torch.ones(args.heads, 1, args.head_dim), torch.zeros(args.heads, 1, args.head_dim))
-    inputs = [F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, alpha, eta, theta]
-    leaves = [x.requires_grad_() for x in (*inputs, *weights, *norm)]
+    x = torch.randn(args.batch, args.length, args.heads * args.head_dim, generator=g).to(args.device)
 
     def call() -> None:
-        state = initial_state(spec, weights, args.batch)
-        y, _ = form(spec, *inputs, norm, state, args.chunk_size, "after")
-        torch.autograd.grad(y.square().mean(), leaves)
-        outputs[:] = [y.detach()]
+        y = module(x)
+        (y[0] if isinstance(y, tuple) else y).square().mean().backward()
+        synchronize(args)
 
     return call
 
 
+def synchronize(args: argparse.Namespace) -> None:
+    if args.device != "cpu":
+        torch.cuda.synchronize()
+
+
+def arguments(args: argparse.Namespace, spec: MemorySpec) -> dict[str, Any]:
+    """Fixed random arguments of `neural_memory`, all requiring gradients."""
+    g = torch.Generator().manual_seed(0)
+    shape = (args.batch, args.length, args.heads, args.head_dim)
+    q, k, v = (torch.randn(shape, generator=g) for _ in range(3))
+    top = 0.5 if spec.is_delta_rule else 0.1 / args.chunk_size
+    alpha, eta, theta = (torch.rand(shape[:3], generator=g) * high for high in (0.1, 0.9, top))
+    sizes = zip(spec.shapes(args.head_dim), spec.initial_std(args.head_dim), strict=True)
+    weights = [torch.randn(args.heads, *size, generator=g) * std for size, std in sizes]
+    norm = (torch.ones(args.heads, args.head_dim), torch.zeros(args.heads, args.head_dim))
+    tensors = {"q": F.normalize(q, dim=-1), "k": F.normalize(k, dim=-1), "v": v}
+    tensors |= {"alpha": alpha, "eta": eta, "theta": theta}
+
+    def leaf(x: Tensor) -> Tensor:
+        return x.to(args.device).requires_grad_()
+
+    return {name: leaf(x) for name, x in tensors.items()} | {
+        "weights": [leaf(w) for w in weights],
+        "norm": tuple(leaf(x) for x in norm) if spec.residual else None,
+    }
+
+
+def operator(args: argparse.Namespace, spec: MemorySpec, **options: Any) -> Call:
+    """Forward and backward of the operator."""
+    inputs = arguments(args, spec)
+    leaves = [x for x in inputs.values() if isinstance(x, Tensor)] + [*inputs["weights"], *(inputs["norm"] or ())]
+
+    def call() -> Tensor:
+        y, _ = neural_memory(**inputs, spec=spec, **{"chunk_size": args.chunk_size, **options})
+        torch.autograd.grad(y.square().mean(), leaves, allow_unused=True)
+        synchronize(args)
+        return y.detach()
+
+    return call
+
+
+def fla_gated_delta_rule(args: argparse.Namespace) -> Call:
+    """flash-linear-attention's chunked reference in plain torch (its Triton kernels need a GPU)."""
+    from fla.ops.gated_delta_rule.naive import naive_chunk_gated_delta_rule
+
+    inputs = arguments(args, MemorySpec.preset("gated_deltanet"))
+    leaves = [inputs[name] for name in ("q", "k", "v", "alpha", "theta")]
+
+    def call() -> Tensor:
+        q, k, v, alpha, theta = leaves
+        y, _ = naive_chunk_gated_delta_rule(
+            q, k, v, g=(1 - alpha).log(), beta=2 * theta, chunk_size=args.chunk_size, scale=1.0
+        )
+        torch.autograd.grad(y.square().mean(), leaves)
+        synchronize(args)
+        return y.detach()
+
+    return call
+
+
+def fla_titans_linear(args: argparse.Namespace) -> Call:
+    """flash-linear-attention's reference of Titans with a matrix memory, residual and norm."""
+    from fla.ops.titans.naive import chunk_titans_linear_ref
+
+    inputs = arguments(args, MemorySpec(depth=1))
+    names = ("q", "k", "v", "theta", "alpha", "eta")
+    leaves = [inputs[name] for name in names]
+    gain, bias = inputs["norm"]
+
+    def call() -> Tensor:
+        q, k, v, *gates = leaves
+        y, _ = chunk_titans_linear_ref(
+            q, k, v, gain, bias, *(gate.unsqueeze(-1) for gate in gates), chunk_size=args.chunk_size
+        )
+        torch.autograd.grad(y.square().mean(), leaves, allow_unused=True)
+        synchronize(args)
+        return y.detach()
+
+    return call
+
+
+def compare(
+    title: str, args: argparse.Namespace, rivals: dict[str, tuple[str | None, Callable[[], Call], str]]
+) -> None:
+    """One table: name -> (package it needs, how to make its call, what it computes). The first is the unit of speed."""
+    calls, rows = {}, []
+    for name, (package, make, _) in rivals.items():
+        if package is None or importlib.util.find_spec(package) is not None:
+            calls[name] = make()
+    times = taking_turns(list(calls.values()), args.runs)
+    medians = {name: statistics.median(t) for name, t in zip(calls, times, strict=True)}
+    by_name = dict(zip(calls, times, strict=True))
+    base = medians[next(iter(rivals))]
+    for name, (package, _, semantics) in rivals.items():
+        if name not in by_name:
+            rows.append([name, f"{package} is not installed", "", "", semantics])
+            continue
+        tokens = args.batch * args.length / medians[name]
+        rows.append([name, spread(by_name[name], 1e-3), f"{tokens:,.0f}", f"{medians[name] / base:.2f}x", semantics])
+    show(title, ["", f"ms, median of {args.runs} (min .. max)", "tokens/s", "time", "computes"], rows)
+
+
+def sizes(args: argparse.Namespace) -> str:
+    return (
+        f"batch {args.batch}, T {args.length}, {args.heads} heads of {args.head_dim}, depth {args.depth}, expansion "
+        f"{args.expansion}, chunk {args.chunk_size}, float32, {args.device}, {args.threads} thread(s)"
+    )
+
+
+def layers_table(args: argparse.Namespace) -> None:
+    """This layer beside titans-pytorch's."""
+    exact = "every token's write, per-token reads, momentum and decay per token"
+    compare(
+        f"Memory layer, forward + backward: {sizes(args)}",
+        args,
+        {
+            "titans_dist": (None, lambda: layer(args), exact),
+            "titans-pytorch, exact mode": (
+                "titans_pytorch",
+                lambda: titans_pytorch_layer(args, exact=True),
+                "the paper's chunks; momentum and decay per chunk, reads per chunk",
+            ),
+            "titans-pytorch, as it comes": (
+                "titans_pytorch",
+                lambda: titans_pytorch_layer(args, exact=False),
+                "all gradients at the memory before the sequence: not the recurrence",
+            ),
+        },
+    )
+
+
+def operators_table(args: argparse.Namespace) -> None:
+    """Forms of the operator, and flash-linear-attention's references where they compute the same thing."""
+    titans, delta = MemorySpec(depth=args.depth, expansion=args.expansion), MemorySpec.preset("gated_deltanet")
+    matrix = MemorySpec(depth=1)
+    compare(
+        f"Memory operator, forward + backward: {sizes(args)}",
+        args,
+        {
+            "chunked": (None, lambda: operator(args, titans), "Titans, exact"),
+            "chunked, recompute": (None, lambda: operator(args, titans, recompute=True), "the same"),
+            "token by token": (None, lambda: operator(args, titans, backend="recurrent"), "the same"),
+            "matrix memory": (None, lambda: operator(args, matrix), "Titans, depth 1"),
+            "fla titans reference": (
+                "fla",
+                lambda: fla_titans_linear(args),
+                "Titans, depth 1, inner gradient off by a factor",
+            ),
+            "gated delta rule": (None, lambda: operator(args, delta), "Gated DeltaNet, exact"),
+            "fla gated delta reference": ("fla", lambda: fla_gated_delta_rule(args), "Gated DeltaNet, exact"),
+        },
+    )
+
+
+def growth_table(args: argparse.Namespace) -> None:
+    """Time per token and peak memory as T grows, each point in a process of its own."""
+    rows, first = [], {}
+    for recompute in (False, True):
+        for length in args.lengths:
+            command = [sys.executable, __file__, "--point", str(length), *(["--recompute"] if recompute else [])]
+            for name in ("heads", "head-dim", "depth", "expansion", "chunk-size", "threads", "runs", "device"):
+                command += [f"--{name}", str(getattr(args, name.replace("-", "_")))]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                sys.exit(done.stderr)
+            per_token, peak = map(float, done.stdout.split())
+            first.setdefault(recompute, (per_token, peak / length))
+            rows.append(
+                [
+                    "states recomputed" if recompute else "all kept",
+                    f"{length:,}",
+                    f"{per_token * 1e6:.1f}",
+                    f"{per_token / first[recompute][0]:.2f}",
+                    f"{peak / 2**20:,.0f}",
+                    f"{peak / length / 1024:.1f}",
+                ]
+            )
+    columns = ["for the backward pass", "T", "us per token", "relative", "peak MiB", "KiB per token"]
+    args.batch, args.length = 1, "below"
+    show(f"Growth with T, forward + backward of the operator: {sizes(args)}", columns, rows)
+
+
+def point(args: argparse.Namespace) -> None:
+    """One row of the growth table: seconds per token and bytes at the peak of one forward and backward."""
+    args.batch, args.length = 1, args.point
+    call = operator(args, MemorySpec(depth=args.depth, expansion=args.expansion), recompute=args.recompute)
+    if args.device == "cpu":
+        peak = peak_bytes(call)
+    else:
+        call()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        peak = torch.cuda.max_memory_allocated() - before
+    times = taking_turns([call], args.runs)[0]
+    print(min(times) / args.length, peak)
+
+
+def peak_bytes(call: Call) -> int:
+    """Most bytes of tensors alive at once during `call` on the CPU, beyond those alive before, from torch's profiler."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    alive = peak = 0
+    for event in sorted(profile.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
+        if event.name() == "[memory]":
+            alive += event.nbytes()
+            peak = max(peak, alive)
+    return peak
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("batch", 1), ("length", 1024), ("heads", 4), ("head-dim", 64), ("depth", 2),
-                          ("expansion", 4), ("chunk-size", 64), ("threads", os.cpu_count()), ("runs", 5)):  # fmt: skip
+    for name, default in (("batch", 2), ("length", 512), ("heads", 4), ("head-dim", 32), ("depth", 2),
+                          ("expansion", 4), ("chunk-size", 16), ("threads", 1), ("runs", 9)):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--lengths", type=int, nargs="*", default=LENGTHS, help="T of the growth table")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--recompute", action="store_true", help="keep only some states for the backward pass")
+    parser.add_argument("--point", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    results: dict[str, tuple[list[float], Tensor]] = {}
-    for name, form in (("chunked dual form", dual_form), ("token by token", recurrence)):
-        outputs: list[Tensor] = []
-        results[name] = (seconds(make_call(form, args, outputs), args.runs), outputs[0])
-    slow = statistics.median(results["token by token"][0])
-    tokens = args.batch * args.length
-    rows = [
-        [
-            name,
-            spread(times, 1e-3),
-            f"{tokens / statistics.median(times):,.0f}",
-            f"{slow / statistics.median(times):.1f}x",
-            f"{(y - results['token by token'][1]).abs().max().item():.1e}",
-        ]
-        for name, (times, y) in results.items()
-    ]
-    show(
-        f"Memory operator, forward + backward: batch {args.batch}, T {args.length}, {args.heads} heads of "
-        f"{args.head_dim}, depth {args.depth}, expansion {args.expansion}, chunk {args.chunk_size}, float32, "
-        f"{args.threads} threads",
-        ["form", f"ms, median of {args.runs} (min .. max)", "tokens/s", "speed", "largest difference of y"],
-        rows,
-    )
+    if args.point:
+        point(args)
+        return
+    layers_table(args)
+    operators_table(args)
+    if args.lengths:
+        growth_table(args)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,20 @@ def seconds(call: Callable[[], object], runs: int = 5, warmup: int = 2) -> list[
     return times
 
 
+def taking_turns(calls: Sequence[Callable[[], object]], runs: int = 5, warmup: int = 2) -> list[list[float]]:
+    """Wall seconds of `runs` calls of each, one of each in every round: a busy machine then slows all of them."""
+    for call in calls:
+        for _ in range(warmup):
+            call()
+    times: list[list[float]] = [[] for _ in calls]
+    for _ in range(runs):
+        for call, own in zip(calls, times, strict=True):
+            start = time.perf_counter()
+            call()
+            own.append(time.perf_counter() - start)
+    return times
+
+
 def spread(times: Sequence[float], unit: float = 1.0) -> str:
     """Median with smallest and largest, in units of `unit` seconds."""
     return f"{statistics.median(times) / unit:,.1f} ({min(times) / unit:,.1f} .. {max(times) / unit:,.1f})"

@@ -5,7 +5,8 @@ Three steps, each usable alone:
 1. `prepare` reads a corpus, trains or loads a tokenizer and writes a dataset folder (MDS shards and a card);
 2. a token source (`MdsSource`, `TokenFileSource`, `SyntheticSource`, or a `SpanSource` of one) reads any span of a
    token stream;
-3. `TokenDataset`, `BatchSchedule`, `batches` and `evaluation_batches` turn a source into reproducible batches.
+3. `TokenDataset`, `BatchSchedule`, `batches` and `evaluation_batches` turn a source into reproducible batches;
+   `StreamSchedule` and `stream_evaluation_batches` do so in the order of the stream.
 
 Importing this package is cheap: torch, streaming, tokenizers, datasets and pyarrow load when first needed.
 """
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from titans_data.schedule import BatchSchedule
     from titans_data.sources import MdsSource, TokenFileSource, TokenSource, open_source
     from titans_data.span import SpanSource
+    from titans_data.streams import StreamSchedule, stream_evaluation_batches
     from titans_data.synthetic import SyntheticSource
     from titans_data.tokenize import load_tokenizer
 
@@ -35,6 +37,7 @@ _HOMES = {
     "MdsSource": "sources",
     "PrepareOptions": "card",
     "SpanSource": "span",
+    "StreamSchedule": "streams",
     "SyntheticSource": "synthetic",
     "TokenDataset": "loader",
     "TokenFileSource": "sources",
@@ -45,6 +48,7 @@ _HOMES = {
     "load_tokenizer": "tokenize",
     "open_source": "sources",
     "prepare": "preparation",
+    "stream_evaluation_batches": "streams",
     "verify": "card",
 }
 
@@ -56,6 +60,7 @@ __all__ = [
     "MdsSource",
     "PrepareOptions",
     "SpanSource",
+    "StreamSchedule",
     "SyntheticSource",
     "TokenDataset",
     "TokenFileSource",
@@ -66,6 +71,7 @@ __all__ = [
     "load_tokenizer",
     "open_source",
     "prepare",
+    "stream_evaluation_batches",
     "verify",
 ]
 

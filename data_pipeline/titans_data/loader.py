@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from titans_data.errors import DataError
-from titans_data.schedule import BatchSchedule
+from titans_data.schedule import Schedule
 from titans_data.sources import TokenSource
 
 Batch = dict[str, torch.Tensor]
@@ -21,11 +21,12 @@ class TokenDataset(Dataset[Batch]):
 
     Row i is tokens[i * T : i * T + T + 1]: inputs are its first T tokens, targets its last T, and every token but the
     first of the stream is a target once (tokens after the last full row are left out).
+    With `packed`, rows also say where documents start, for a model that keeps them apart.
 
     Raises DataError when the source is too short for one row.
     """
 
-    def __init__(self, source: TokenSource, sequence_length: int) -> None:
+    def __init__(self, source: TokenSource, sequence_length: int, packed: bool = False) -> None:
         if sequence_length < 1:
             raise DataError(f"sequence_length is {sequence_length}: give at least 1")
         if source.num_tokens < sequence_length + 1:
@@ -35,26 +36,46 @@ class TokenDataset(Dataset[Batch]):
             )
         self.source = source
         self.sequence_length = sequence_length
+        self.packed = packed
 
     def __len__(self) -> int:
         return (self.source.num_tokens - 1) // self.sequence_length
 
     def __getitem__(self, row: int) -> Batch:
-        """`tokens` int64 (T + 1,) and `documents` int32 (T + 1,) ids that count from 0 within the row."""
+        """The row for itself: see `row`."""
+        return self.row(row)
+
+    def row(self, row: int, continues: bool = False) -> Batch:
+        """`tokens` int64 (T + 1,) and `documents` int32 (T + 1,) ids that count from 0 within the row.
+
+        Of a packed dataset also `starts` bool (T,): the input tokens before which a model must forget. That is the
+        first token of each document, and the first of the row unless it `continues` the row before it.
+        """
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} is not one of the {len(self)} rows")
-        tokens, documents = self.source.read(row * self.sequence_length, self.sequence_length + 1)
-        return {"tokens": torch.from_numpy(tokens), "documents": torch.from_numpy(documents)}
+        assert row > 0 or not continues, "nothing comes before the first row"
+        # Whether the first token starts a document is seen from the one before it.
+        before = int(self.packed and continues)
+        length = self.sequence_length + 1
+        tokens, documents = self.source.read(row * self.sequence_length - before, length + before)
+        item = {
+            "tokens": torch.from_numpy(tokens[before:]),
+            "documents": torch.from_numpy(documents[before:] - documents[before]),
+        }
+        if self.packed:
+            starts = np.diff(documents, prepend=-1).astype(bool)
+            item["starts"] = torch.from_numpy(starts[before : before + self.sequence_length])
+        return item
 
-    def stack(self, rows: Sequence[int]) -> Batch:
-        """Rows side by side: `tokens` int64 (b, T + 1), `documents` int32 (b, T + 1)."""
-        items = [self[row] for row in rows]
+    def stack(self, rows: Sequence[int], continues: Sequence[bool] | None = None) -> Batch:
+        """Rows side by side: `tokens` int64 (b, T + 1), `documents` int32 (b, T + 1), and `starts` bool (b, T)."""
+        items = [self.row(row, goes_on) for row, goes_on in zip(rows, continues or [False] * len(rows), strict=True)]
         return {name: torch.stack([item[name] for item in items]) for name in items[0]}
 
 
 def batches(
     dataset: TokenDataset,
-    schedule: BatchSchedule,
+    schedule: Schedule,
     start_step: int,
     rank: int,
     world: int,
@@ -65,8 +86,8 @@ def batches(
     """Yield (step, micro-batches) from start_step on, without end.
 
     Rank `rank` of `world` data-parallel ranks gets its consecutive slice of each global batch, cut into micro-batches
-    of `tokens` int64 (micro_batch, T + 1) and `documents` int32 (micro_batch, T + 1). The slices of all ranks in rank
-    order are the global batch, whatever `world` is. With `workers` processes, each reads `prefetch` micro-batches
+    of `tokens` int64 (micro_batch, T + 1), `documents` int32 (micro_batch, T + 1) and, of a packed dataset, `starts`
+    bool (micro_batch, T). The slices of all ranks in rank order are the global batch, whatever `world` is. With `workers` processes, each reads `prefetch` micro-batches
     ahead. The global random state of torch is neither read nor moved.
 
     Raises DataError when the global batch does not divide evenly, the schedule is of another dataset, or while
@@ -90,7 +111,7 @@ def batches(
 
 def _iterate(
     dataset: TokenDataset,
-    schedule: BatchSchedule,
+    schedule: Schedule,
     start_step: int,
     rank: int,
     world: int,
@@ -100,10 +121,13 @@ def _iterate(
 ) -> Iterator[tuple[int, list[Batch]]]:
     per_step = schedule.global_batch // world // micro_batch
 
-    def row_lists() -> Iterator[list[int]]:
+    def row_lists() -> Iterator[list[tuple[int, bool]]]:
         step = start_step
         while True:
-            yield from schedule.rows(step).reshape(world, per_step, micro_batch)[rank].tolist()
+            both = (schedule.rows(step), schedule.continues(step))
+            rows, continues = (values.reshape(world, per_step, micro_batch)[rank].tolist() for values in both)
+            for parts in zip(rows, continues, strict=True):
+                yield list(zip(*parts, strict=True))
             step += 1
 
     loader = DataLoader(
@@ -129,9 +153,9 @@ class _Stacked(Dataset[Batch]):
     def __init__(self, dataset: TokenDataset) -> None:
         self._dataset = dataset
 
-    def __getitems__(self, rows: list[int]) -> Batch | DataError:
+    def __getitems__(self, rows: list[tuple[int, bool]]) -> Batch | DataError:
         try:
-            return self._dataset.stack(rows)
+            return self._dataset.stack(*zip(*rows, strict=True))
         except DataError as error:
             return error
 
@@ -152,17 +176,11 @@ def evaluation_batches(
     """Yield this rank's share of every row, once, in order.
 
     All ranks get the same number of micro-batches, as collectives need, each of full size: rows that only fill up are
-    copies of row 0 marked in `valid` bool (micro_batch,). `tokens` and `documents` are as in `batches`. With
-    `limit_rows`, that many rows evenly spaced over the data stand for all.
+    copies of row 0 marked in `valid` bool (micro_batch,). The rest is as in `batches`. With `limit_rows`, that many rows evenly spaced over the data stand for all.
 
     Raises DataError when a setting cannot be, or while iterating when the source cannot be read.
     """
-    if not 0 <= rank < world:
-        raise DataError(f"data-parallel rank is {rank} of {world}: give a rank from 0 to {world - 1}")
-    if micro_batch < 1:
-        raise DataError(f"evaluation micro_batch is {micro_batch}: give at least 1")
-    if limit_rows is not None and limit_rows < 1:
-        raise DataError(f"evaluation limit_rows is {limit_rows}: give at least 1, or None for all rows")
+    check_evaluation(rank, world, micro_batch, limit_rows)
     count = len(dataset) if limit_rows is None else min(limit_rows, len(dataset))
     rows = np.arange(count, dtype=np.int64) * len(dataset) // count
     padding = -count % (world * micro_batch)
@@ -175,3 +193,13 @@ def evaluation_batches(
             yield dataset.stack(padded[mine].tolist()) | {"valid": torch.from_numpy(valid[mine].copy())}
 
     return share()
+
+
+def check_evaluation(rank: int, world: int, micro_batch: int, limit_rows: int | None) -> None:
+    """Raise DataError for a setting of an evaluation that cannot be."""
+    if not 0 <= rank < world:
+        raise DataError(f"data-parallel rank is {rank} of {world}: give a rank from 0 to {world - 1}")
+    if micro_batch < 1:
+        raise DataError(f"evaluation micro_batch is {micro_batch}: give at least 1")
+    if limit_rows is not None and limit_rows < 1:
+        raise DataError(f"evaluation limit_rows is {limit_rows}: give at least 1, or None for all rows")

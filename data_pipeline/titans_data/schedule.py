@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import numpy as np
 
 from titans_data.errors import DataError
 
 _ROUNDS = 8
+
+
+class Schedule(Protocol):
+    """An order of `num_rows` rows, `global_batch` of them per step."""
+
+    @property
+    def num_rows(self) -> int: ...
+
+    @property
+    def global_batch(self) -> int: ...
+
+    def rows(self, step: int) -> np.ndarray:
+        """The int64 (global_batch,) row indices of a step, which counts from 0."""
+
+    def continues(self, step: int) -> np.ndarray:
+        """Bool (global_batch,): whether each row goes on where the one in its place in the step before has ended."""
 
 
 class BatchSchedule:
@@ -19,12 +37,7 @@ class BatchSchedule:
     """
 
     def __init__(self, num_rows: int, global_batch: int, seed: int, shuffle: bool = True) -> None:
-        if num_rows < 1:
-            raise DataError(f"num_rows is {num_rows}: give at least 1")
-        if global_batch < 1:
-            raise DataError(f"global_batch is {global_batch}: give at least 1")
-        if seed < 0:
-            raise DataError(f"data seed is {seed}: give 0 or more")
+        check_schedule(num_rows, global_batch, seed)
         self.num_rows = num_rows
         self.global_batch = global_batch
         self.seed = seed
@@ -41,6 +54,20 @@ class BatchSchedule:
             inside = epochs == epoch
             rows[inside] = permute(positions[inside], self.num_rows, self.seed, int(epoch))
         return rows
+
+    def continues(self, step: int) -> np.ndarray:
+        """Bool (global_batch,), all false: rows come shuffled, each for itself."""
+        return np.zeros(self.global_batch, bool)
+
+
+def check_schedule(num_rows: int, global_batch: int, seed: int) -> None:
+    """Raise DataError for a setting of a schedule that cannot be."""
+    if num_rows < 1:
+        raise DataError(f"num_rows is {num_rows}: give at least 1")
+    if global_batch < 1:
+        raise DataError(f"global_batch is {global_batch}: give at least 1")
+    if seed < 0:
+        raise DataError(f"data seed is {seed}: give 0 or more")
 
 
 def permute(positions: np.ndarray, size: int, seed: int, epoch: int) -> np.ndarray:

@@ -9,6 +9,7 @@ COMMANDS = {
     "prepare": "turn a corpus into a dataset of tokens",
     "train": "train a model, or resume the run of the same name",
     "evaluate": "measure a run's newest checkpoint on the held-out text",
+    "conformance": "check that a model, ours or another's, is causal and leaks nothing",
     "info": "show versions, devices, the layout and the model's parameters",
 }
 
@@ -48,8 +49,9 @@ Starting a run of the same name resumes it from its newest checkpoint.
 Examples:
   titans-dist train
   titans-dist train name=mine parallel=single training.steps=1000 optimizer.lr=3e-4
+  titans-dist train name=other variant=mac memory=yaad
   titans-dist train -m optimizer.lr=1e-3,3e-3 training.steps=200
-  torchrun --nproc-per-node 8 -m titans_launch train parallel=tensor8 model=mag_340m training=pretrain
+  torchrun --nproc-per-node 8 -m titans_launch train experiment=titans_340m parallel=tensor8
 
 See all keys and values: titans-dist train --cfg job
 Results: runs/<name>/ with config.yaml, metrics.jsonl, checkpoints/ and logs/ (one file per process).
@@ -66,16 +68,35 @@ Examples:
   titans-dist evaluate name=mine evaluation.max_sequences=64
 
 Results: runs/<name>/reports/heldout.json.""",
+    "conformance": """\
+titans-dist conformance [KEY=VALUE ...]
+
+Checks five properties of a model: causality (no token changes an output before it), batch independence, gradient flow
+(every parameter gets a gradient), split invariance (a sequence in several calls, with the state carried, gives what
+one call gives) and recurrence equality (the memory's chunked form gives what its definition gives token by token).
+
+The model is the configuration's, or what the function conformance.target=MODULE:FUNCTION returns: something to call
+as model(tokens), tokens (B, T) int64 -> outputs (B, T, ...), the same for the same tokens. Where it also has
+initial_state(batch), it is called as model(tokens, state=state) -> (outputs, state) too. Modules are found from the
+current folder.
+
+Examples:
+  titans-dist conformance variant=mac
+  titans-dist conformance -m variant=lmm,mag,gated_deltanet model.num_layers=1
+  titans-dist conformance conformance.target=my_package.my_module:make conformance.vocab_size=1000
+
+Results: a table of verdicts; exit code 0 if nothing fails, 1 otherwise (a sweep ends there).""",
     "info": """\
 titans-dist info [KEY=VALUE ...]
 
-Prints versions, devices, how many processes a run needs, and every parameter of the model: its shape, its size and
-how it is split over tensor-parallel processes. Builds nothing and trains nothing.
+Prints versions, devices, what the model is and how large, how many processes a run needs, and every parameter: its
+shape, its size and how it is split over tensor-parallel processes. Builds nothing and trains nothing.
 
 Examples:
   titans-dist info
-  titans-dist info model=mag_340m parallel=tensor8
-  titans-dist info -m model=mag_170m,mag_760m""",
+  titans-dist info experiment=titans_340m parallel=tensor8
+  titans-dist info -m model=170m,760m variant=mac,gated_deltanet
+  titans-dist info variant=lmm memory=moneta""",
 }
 
 _EXIT_CODES = """\
@@ -94,12 +115,12 @@ titans-dist COMMAND [KEY=VALUE ...]      pretrain Titans language models
 
 Examples:
   titans-dist quickstart
-  titans-dist train name=mine model=mag_3m training.steps=500
+  titans-dist train name=mine variant=mac training.steps=500
   titans-dist train --cfg job                  print the configuration and stop
   titans-dist train --help                     examples of one command
   eval "$(titans-dist -sc install=bash)"       complete commands, keys and values with the Tab key
 
-Configuration is Hydra's: groups (model=mag_340m), keys (optimizer.lr=3e-4), sweeps (-m), your own files
+Configuration is Hydra's: groups (model=340m variant=mac), keys (optimizer.lr=3e-4), sweeps (-m), your own files
 (--config-dir). Results lie in runs/<name>/, data in data/.
 {_EXIT_CODES}"""
 

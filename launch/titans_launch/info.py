@@ -10,7 +10,8 @@ from importlib import metadata
 import psutil
 from rich.table import Table
 
-from titans_dist.config import Config
+from titans_dist.config import Config, MemoryConfig, ModelConfig
+from titans_dist.config.sizes import parameter_count
 from titans_launch import tables
 
 PACKAGES = (
@@ -30,6 +31,7 @@ def run(config: Config) -> None:
     """Print everything, the slow part (which imports torch) last."""
     tables.show("versions", [("python", platform.python_version()), *((name, version(name)) for name in PACKAGES)])
     tables.show("devices", devices())
+    tables.show("model", model(config.model))
     tables.show("layout", layout(config))
     show_parameters(config)
 
@@ -56,6 +58,33 @@ def devices() -> list[tuple[str, str]]:
     return [*rows, *((f"gpu {i}", line) for i, line in enumerate(listed.splitlines()))]
 
 
+def model(config: ModelConfig) -> list[tuple[str, str]]:
+    """What the model is, and how large."""
+    count = parameter_count(config)
+    asked = f" ({count / config.parameters - 1:+.1%} of model.parameters)" if config.parameters else ""
+    return [
+        ("variant", config.variant),
+        ("blocks", f"{config.num_layers} of width {config.hidden_size}, MLP {config.mlp_size}"),
+        ("heads", f"{config.num_heads} of {config.head_dim}"),
+        ("memory", memory(config.memory) if config.has_memory else "none"),
+        ("parameters", f"{count:,}{asked}"),
+    ]
+
+
+def memory(config: MemoryConfig) -> str:
+    """The memory in one line, such as `titans: depth 2, l2 loss, l2 retention, momentum, chunks of 64`."""
+    depth, loss, retention = (config.choice(name) for name in ("depth", "bias", "retention"))
+    words = [f"{config.preset}: depth {depth}", f"{loss} loss", f"{retention} retention"]
+    if config.choice("momentum"):
+        words.append("momentum")
+    if config.channel_wise:
+        words.append("gates per channel")
+    words.append(f"chunks of {config.chunk_size}")
+    if config.is_tnt:
+        words.append(f"TNT with shards of {config.shard_size} and global chunks of {config.global_chunk_size}")
+    return ", ".join(words)
+
+
 def layout(config: Config) -> list[tuple[str, str]]:
     """How a run of this configuration is split over processes."""
     tensor, data, training = config.parallel.tensor, config.parallel.data or 1, config.training
@@ -72,9 +101,9 @@ def layout(config: Config) -> list[tuple[str, str]]:
 
 def show_parameters(config: Config) -> None:
     """Print one row per kind of parameter, and the total."""
-    from titans_dist import model
+    from titans_dist.model import describe
 
-    rows = model.describe(config.model, config.parallel.tensor)
+    rows = describe(config.model, config.parallel.tensor)
     table = Table(title="parameters", title_justify="left", show_footer=True)
     table.add_column("module", "total", overflow="fold")
     table.add_column("shape", no_wrap=True)

@@ -13,7 +13,9 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
 import titans_dist
-from titans_dist.config import Config, validate
+from titans_dist.config import Config, ConfigError, validate
+from titans_dist.config.model import RECURRENT_VARIANTS, VARIANTS
+from titans_dist.config.presets import PRESETS
 
 CONFIGS = Path(titans_dist.__file__).parent / "configs"
 FILES = sorted(path.relative_to(CONFIGS) for path in CONFIGS.rglob("*.yaml"))
@@ -83,27 +85,62 @@ def test_every_model_is_valid(name: str) -> None:
     assert config.model.head_dim % 2 == 0
 
 
-# What a file cannot know: where the user's corpus is.
-NEEDS = {"data": ["data.source=corpus", "data.path=data/x"]}
+# What a file cannot know: where the user's corpus is; and TNT is a memory of one variant.
+NEEDS = {"data": ["data.source=corpus", "data.path=data/x"], "memory=tnt": ["variant=lmm"]}
 
 
 @pytest.mark.parametrize(
     ("group", "name"),
-    [(group, name) for group in sorted({*GROUPS} - {"model", "experiment", "parallel"}) for name in options(group)],
+    [
+        (group, name)
+        for group in sorted({*GROUPS} - {"model", "experiment", "parallel", "variant"})
+        for name in options(group)
+    ],
 )
 def test_every_other_option_is_valid_with_the_default_model(group: str, name: str) -> None:
-    validate(composed(f"{group}={name}", *NEEDS.get(group, [])))
+    validate(composed(f"{group}={name}", *NEEDS.get(group, []), *NEEDS.get(f"{group}={name}", [])))
 
 
 @pytest.mark.parametrize("name", options("parallel"))
 def test_every_layout_is_valid_with_a_model_that_has_heads_for_it(name: str) -> None:
-    validate(composed(f"parallel={name}", "model=mag_1b3"))
+    validate(composed(f"parallel={name}", "model=1b3"))
 
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_every_group_is_in_the_defaults(group: str) -> None:
     defaults = yaml.safe_load((CONFIGS / "config.yaml").read_text())["defaults"]
     assert group in {key for item in defaults if isinstance(item, dict) for key in item}
+
+
+@pytest.mark.parametrize("name", options("variant"))
+def test_a_variant_s_file_makes_that_variant(name: str) -> None:
+    config = composed(f"variant={name}").model
+    assert config.variant == name
+    if name in RECURRENT_VARIANTS:
+        assert config.memory == composed("variant=lmm", f"memory={name}").model.memory
+    paper_has_them = name in ("lmm", "mac", "mag", "mal")
+    assert (config.persistent_tokens > 0) == paper_has_them
+
+
+@pytest.mark.parametrize("name", sorted({*options("memory")} - {"tnt"}))
+def test_a_memory_s_file_makes_that_memory(name: str) -> None:
+    assert composed(f"memory={name}").model.memory.preset == name
+
+
+def test_every_preset_and_variant_has_a_file() -> None:
+    assert {*options("memory")} == {*PRESETS, "tnt"}
+    assert {*options("variant")} == {*VARIANTS}
+
+
+def test_an_experiment_takes_another_variant_and_memory() -> None:
+    mac = composed("experiment=titans_340m", "variant=mac", "memory=moneta").model
+    assert (mac.variant, mac.memory.preset, mac.num_layers) == ("mac", "moneta", 24)
+    assert composed("experiment=titans_340m", "variant=gated_deltanet").model.memory.preset == "gated_deltanet"
+
+
+def test_a_memory_chosen_against_the_variant_s_own_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"gated_deltanet has the memory of its name, not .*=moneta; use "):
+        validate(composed("variant=gated_deltanet", "memory=moneta"))
 
 
 def test_null_and_numbers_reach_optional_fields() -> None:

@@ -128,6 +128,8 @@ def test_the_report_says_what_was_read_and_what_it_cost(trained: Trained) -> Non
     assert report == {
         "tokens": read,
         "sequences": len(trained.row_losses),
+        "documents": "joined",
+        "carry_state": False,
         "step": STEPS,
         "checkpoint": str(trained.run.store.folder(STEPS)),
     }

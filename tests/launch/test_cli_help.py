@@ -61,7 +61,7 @@ def test_version_is_the_library_s(cli: Cli) -> None:
     [
         ("trian", "titans-dist: unknown command trian; did you mean train?\n"),
         ("eval", "titans-dist: unknown command eval; did you mean evaluate?\n"),
-        ("model=mag_3m", "titans-dist: model=mag_3m comes before the command; write titans-dist COMMAND model=mag_3m"),
+        ("model=3m", "titans-dist: model=3m comes before the command; write titans-dist COMMAND model=3m"),
         ("xyzzy", "titans-dist: unknown command xyzzy; choose one of quickstart, prepare"),
     ],
 )

@@ -23,10 +23,11 @@ done
 """
 
 EXPECTED = {
-    "titans-dist ": "quickstart prepare train evaluate info",
+    "titans-dist ": "quickstart prepare train evaluate conformance info",
     "titans-dist ev": "evaluate",
-    "titans-dist train model=mag_1": "model=mag_170m model=mag_1b3",
-    "titans-dist train model=mag_3m training.st": "training.steps=",
+    "titans-dist train model=1": "model=170m model=1b3",
+    "titans-dist train model=3m training.st": "training.steps=",
+    "titans-dist train variant=ma": "variant=mac variant=mag variant=mal variant=mamba2",
     "titans-dist prepare data=std": "data=stdlib data=stdlib_bytes",
     "titans-dist train experiment=q": "experiment=quickstart",
     "titans-dist bogus mod": "",

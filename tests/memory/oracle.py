@@ -1,7 +1,8 @@
-"""The memory recurrence by autograd, one token and one head at a time: slow, obvious and independent of the library.
+"""The memory recurrence by autograd, one token, one head and one sequence at a time: slow, obvious and independent.
 
-Only the formulas of the Titans paper (eqs 12-18) are here: the inner loss is written as a loss and differentiated by
-torch.autograd, the per-token memories are materialized, nothing is batched over heads or sequences.
+Only the formulas of the papers are here (Titans eqs 12-18, MIRAS section 4, with this project's choices): the inner
+loss is differentiated by torch.autograd, every token's memory is materialized, nothing is batched. Of a `MemorySpec`
+only the names and numbers of its fields are read.
 """
 
 from __future__ import annotations
@@ -13,17 +14,81 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tests.memory.cases import Case
+from titans_dist.memory import MemorySpec, MemoryState
+
 ACTIVATION: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "silu": F.silu,
     "relu": F.relu,
     "identity": lambda x: x,
 }
+Matrices = list[Tensor]
+
+
+def memory(spec: MemorySpec, x: Tensor, weights: Matrices, norm: tuple[Tensor, Tensor]) -> Tensor:
+    """f_W(x) for one vector (D,)."""
+    h = x
+    for i, w in enumerate(weights):
+        h = h @ w
+        if i + 1 < len(weights):
+            h = ACTIVATION[spec.activation](h)
+    return x + F.layer_norm(h, h.shape, *norm, eps=1e-6) if spec.residual else h
+
+
+def inner_gradient(
+    spec: MemorySpec, weights: Matrices, k: Tensor, v: Tensor, delta: Tensor, norm: tuple[Tensor, Tensor]
+) -> Matrices:
+    """u = dl/dW of one pair. l1 and lp are defined by their gradient at f, which autograd pulls back to the weights."""
+    f = memory(spec, k, weights, norm)
+    e = f - v
+    if spec.bias == "l1":
+        at_output = torch.tanh(spec.sharpness * e)
+        return list(torch.autograd.grad(f, weights, at_output, create_graph=True))
+    if spec.bias == "lp":
+        at_output = spec.p * torch.tanh(spec.sharpness * e) * (e * e + 1e-6) ** ((spec.p - 1) / 2)
+        return list(torch.autograd.grad(f, weights, at_output, create_graph=True))
+    if spec.bias == "l2":
+        loss = (e * e).sum()
+    elif spec.bias == "dot":
+        loss = -2 * (f * v).sum()
+    else:
+        assert spec.bias == "huber"
+        size = e.norm()
+        loss = size**2 if size <= delta else 2 * delta * size - delta**2
+    return list(torch.autograd.grad(loss, weights, create_graph=True))
+
+
+def link(spec: MemorySpec, a: Tensor) -> tuple[Tensor, Tensor | float]:
+    """The memory W of an accumulator (d_in, d_out), and the scale rho of what is written until the next link."""
+    if spec.retention == "kl":
+        return torch.softmax(a, dim=0), 0.0
+    if spec.retention == "lq_paper":
+        rho = 1 / (a.abs() ** spec.q).sum().pow(1 / spec.q).clamp_min(1e-6) ** (spec.q - 2)
+        return a * rho, rho
+    if spec.retention == "lq":
+        r = spec.q / (spec.q - 1)
+        size = (a * a + 1e-12).sqrt()
+        rho = 1 / (size**r).sum().pow(1 / r).clamp_min(1e-6) ** (r - 2)
+        return a * size ** (r - 2) * rho, rho
+    return a, 1.0
+
+
+def soft_threshold(a: Tensor, by: float) -> Tensor:
+    return a.sign() * (a.abs() - by).clamp_min(0)
+
+
+def on_layer(spec: MemorySpec, gate: Tensor, layer: int) -> Tensor:
+    """A gate as a factor of a layer's matrix: per channel it acts on the axis that has the head's D channels."""
+    if not spec.channel_wise:
+        return gate
+    is_output = spec.depth > 1 and layer == spec.depth - 1
+    return gate[None, :] if is_output else gate[:, None]
 
 
 @dataclass
-class Case:
-    """Arguments of one call, in the library's layout: (B, T, H, D), gates (B, T, H), weights (H, d_in, d_out)."""
+class Token:
+    """One token of one head: q, k, v (D,), gates () or (D,), delta (), and whether a document begins with it."""
 
     q: Tensor
     k: Tensor
@@ -31,82 +96,94 @@ class Case:
     alpha: Tensor
     eta: Tensor
     theta: Tensor
-    weights: list[Tensor]
-    gain: Tensor
-    bias: Tensor
-
-    def tensors(self) -> list[Tensor]:
-        return [self.q, self.k, self.v, self.alpha, self.eta, self.theta, *self.weights, self.gain, self.bias]
+    delta: Tensor
+    begins: bool
 
 
-def random_case(batch: int, length: int, heads: int, dim: int, shapes: list[tuple[int, int]], seed: int) -> Case:
-    """Float64 arguments at which the recurrence stays small, all requiring gradients."""
-    g = torch.Generator().manual_seed(seed)
+def one_head(
+    spec: MemorySpec,
+    tokens: list[Token],
+    norm: tuple[Tensor, Tensor],
+    now: tuple[Matrices, Matrices],
+    start: tuple[Matrices, Matrices],
+    chunk_size: int,
+    read: str,
+) -> tuple[Tensor, Matrices, Matrices, Matrices]:
+    """y (T, D); after the last token: accumulators A (without a link: W itself), momentum S, and the chunk's anchor."""
+    layers = range(spec.depth)
+    a, s = now  # A and S, one matrix per layer
+    outputs = []
+    anchor: Matrices = []  # A where the running chunk's gradients are taken
+    beta: list[Tensor | float] = []  # share of the anchor that forgetting has left
 
-    def uniform(*shape: int) -> Tensor:
-        return torch.rand(*shape, generator=g, dtype=torch.float64)
+    def visible() -> Matrices:
+        """The memory inside a chunk: what the chunk began with fades, what it has written comes on top."""
+        linked = [link(spec, x) for x in anchor]
+        if spec.retention == "kl":
+            return [w for w, _ in linked]
+        return [beta[i] * w + rho * (a[i] - beta[i] * anchor[i]) for i, (w, rho) in enumerate(linked)]
 
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=g, dtype=torch.float64)
+    for t, token in enumerate(tokens):
+        is_first, is_last = t % chunk_size == 0, t % chunk_size == chunk_size - 1
+        if token.begins:
+            a, s = start
+        if token.begins or is_first:
+            anchor, beta = a, [1.0 for _ in layers]
+        before = visible()
+        at_start = [link(spec, x)[0] for x in anchor]
 
-    case = Case(
-        q=F.normalize(normal(batch, length, heads, dim), dim=-1),
-        k=F.normalize(normal(batch, length, heads, dim), dim=-1),
-        v=normal(batch, length, heads, dim),
-        alpha=0.3 * uniform(batch, length, heads),
-        eta=0.9 * uniform(batch, length, heads),
-        theta=0.02 * uniform(batch, length, heads),
-        weights=[normal(heads, *shape) * shape[0] ** -0.5 for shape in shapes],
-        gain=0.5 + uniform(heads, dim),
-        bias=0.1 * normal(heads, dim),
-    )
-    for tensor in case.tensors():
-        tensor.requires_grad_()
-    return case
+        keep = [1 - on_layer(spec, token.alpha, i) if spec.retention != "none" else 1.0 for i in layers]
+        if spec.anchor == "chunk":
+            at = at_start
+        else:
+            at = [keep[i] * a[i] if spec.decay == "before" else a[i] for i in layers]
+        u = inner_gradient(spec, at, token.k, token.v, token.delta, norm)
+        theta = [on_layer(spec, token.theta, i) for i in layers]
+        if spec.implicit:
+            theta = [x / (1 + 2 * x * (token.k * token.k).sum()) for x in theta]
+        eta = [on_layer(spec, token.eta, i) if spec.momentum else 0.0 for i in layers]
+        s = [eta[i] * s[i] - theta[i] * u[i] for i in layers]
+        a = [keep[i] * a[i] + s[i] for i in layers]
+        beta = [keep[i] * beta[i] for i in layers]
+
+        if spec.retention == "kl" and is_first:
+            anchor = a  # the first token is exact; the others' gradients and reads are where it leads
+        if spec.retention == "elastic_net" and is_last:
+            a = [soft_threshold(x, spec.threshold * chunk_size) for x in a]
+        after = [link(spec, x)[0] for x in a] if is_last and spec.retention != "kl" else visible()
+        seen = {"after": after, "before": before, "start": at_start}[read]
+        outputs.append(memory(spec, token.q, seen, norm))
+    return torch.stack(outputs), a, s, anchor if len(tokens) % chunk_size else []
 
 
-def memory(x: Tensor, weights: list[Tensor], activation: str, residual: bool, gain: Tensor, bias: Tensor) -> Tensor:
-    """f_W(x) for one vector (D,)."""
-    h = x
-    for i, w in enumerate(weights):
-        h = h @ w
-        if i + 1 < len(weights):
-            h = ACTIVATION[activation](h)
-    return x + F.layer_norm(h, h.shape, gain, bias, eps=1e-6) if residual else h
-
-
-def run(
-    case: Case, *, activation: str, residual: bool, momentum: bool, chunk_size: int, read: str
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """y (B, T, H, D), W and S after the last token, each layer (B, H, d_in, d_out). Differentiable."""
+def run(spec: MemorySpec, case: Case, chunk_size: int, read: str = "after") -> tuple[Tensor, MemoryState]:
+    """y (B, T, H, D) and the state after the last token. Differentiable in every tensor of the case."""
     batch, length, heads, _ = case.q.shape
-    layers = range(len(case.weights))
-    y: dict[tuple[int, int], Tensor] = {}
-    final: dict[tuple[int, int], list[Tensor]] = {}
-    surprise: dict[tuple[int, int], list[Tensor]] = {}
+    learned = ([w.expand(batch, *w.shape) for w in case.weights],) * 2
+    start = learned[0], [torch.zeros_like(w) for w in learned[0]]
+    if case.start is not None:
+        start = case.start.weights, case.start.momentum
+    now = start if case.state is None else (case.state.weights, case.state.momentum)
+    done: list[list[tuple[Tensor, Matrices, Matrices, Matrices]]] = []
     for b in range(batch):
+        done.append([])
         for h in range(heads):
-            gain, bias = case.gain[h], case.bias[h]
-            w = [layer[h] for layer in case.weights]
-            s = [torch.zeros_like(layer) for layer in w]
-            anchor, outputs = w, []
-            for t in range(length):
-                if t % chunk_size == 0:
-                    anchor = w
-                k, v, q = case.k[b, t, h], case.v[b, t, h], case.q[b, t, h]
-                loss = (memory(k, anchor, activation, residual, gain, bias) - v).square().sum()
-                u = torch.autograd.grad(loss, anchor, create_graph=True)
-                alpha, eta, theta = case.alpha[b, t, h], case.eta[b, t, h], case.theta[b, t, h]
-                before = w
-                s = [(eta * a if momentum else 0) - theta * g for a, g in zip(s, u, strict=True)]
-                w = [(1 - alpha) * a + g for a, g in zip(w, s, strict=True)]
-                outputs.append(memory(q, w if read == "after" else before, activation, residual, gain, bias))
-            y[b, h], final[b, h], surprise[b, h] = torch.stack(outputs), w, s
+            tokens = [
+                Token(
+                    *(x[b, t, h] for x in (case.q, case.k, case.v, case.alpha, case.eta, case.theta, case.delta)),
+                    begins=case.starts is not None and bool(case.starts[b, t]),
+                )
+                for t in range(length)
+            ]
+            norm = case.gain[h], case.bias[h]
+            mine = [([x[b, h] for x in ws], [x[b, h] for x in ss] or [0.0] * spec.depth) for ws, ss in (now, start)]
+            done[b].append(one_head(spec, tokens, norm, *mine, chunk_size, read))  # type: ignore[arg-type]
 
-    def over_heads(per_head: dict[tuple[int, int], Tensor], dim: int) -> Tensor:
-        return torch.stack([torch.stack([per_head[b, h] for h in range(heads)], dim) for b in range(batch)])
+    def gathered(part: int) -> Matrices:
+        """One (B, H, d_in, d_out) per layer."""
+        per_layer = range(len(done[0][0][part]))
+        return [torch.stack([torch.stack([head[part][i] for head in row]) for row in done]) for i in per_layer]
 
-    def layer(states: dict[tuple[int, int], list[Tensor]], i: int) -> Tensor:
-        return over_heads({key: value[i] for key, value in states.items()}, 0)
-
-    return over_heads(y, 1), [layer(final, i) for i in layers], [layer(surprise, i) for i in layers]
+    y = torch.stack([torch.stack([head[0] for head in row], 1) for row in done])
+    momentum = gathered(2) if spec.momentum else []
+    return y, MemoryState(gathered(1), momentum, gathered(3), position=length % chunk_size)

@@ -28,6 +28,19 @@ MODELS = {
     "untied_without_persistent": dataclasses.replace(SMALL, tie_embeddings=False, persistent_tokens=0),
     "deep_plain": dataclasses.replace(SMALL, memory=MemoryConfig(depth=3, residual=False, momentum=False)),
 }
+ONE = dataclasses.replace(SMALL, num_layers=1)
+OTHERS = {
+    "lmm": dataclasses.replace(ONE, variant="lmm"),
+    "mal": dataclasses.replace(ONE, variant="mal"),
+    "mac": dataclasses.replace(ONE, variant="mac", segment_length=8),
+    "swa": dataclasses.replace(ONE, variant="swa"),
+    "tnt": dataclasses.replace(
+        ONE, variant="lmm", memory=MemoryConfig(chunk_size=2, global_chunk_size=4, shard_size=8)
+    ),
+    "channel_wise": dataclasses.replace(ONE, memory=MemoryConfig(preset="yaad", channel_wise=True, gate_rank=3)),
+    "retnet": dataclasses.replace(ONE, variant="lmm", memory=MemoryConfig(preset="retnet", chunk_size=8)),
+}
+CASES = [(name, world) for name in MODELS for world in (2, 4)] + [(name, 2) for name in OTHERS]
 
 
 def compare(rank: int, world: int, config: ModelConfig, sequence: bool) -> tuple[float, float, dict[str, int]]:
@@ -79,10 +92,9 @@ def compare(rank: int, world: int, config: ModelConfig, sequence: bool) -> tuple
 
 
 @pytest.mark.parametrize("sequence", [True, False], ids=["sequence_parallel", "plain"])
-@pytest.mark.parametrize("world", [2, 4])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "world"), CASES)
 def test_logits_and_gradients_equal_one_process(name: str, world: int, sequence: bool) -> None:
-    for logits, gradients, _ in run_distributed(compare, world, MODELS[name], sequence):
+    for logits, gradients, _ in run_distributed(compare, world, (MODELS | OTHERS)[name], sequence):
         assert logits < 1e-9
         assert gradients < 1e-9
 

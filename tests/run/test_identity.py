@@ -50,6 +50,9 @@ def test_the_identity_is_flat_and_survives_json() -> None:
         {"data__workers": 2},
         {"run_dir": "moved/run"},
         {"cluster__threads": 4},
+        {"model__memory__recompute": False},
+        {"model__memory__depth": 2},  # what it was, by name of the preset
+        {"model__intermediate_size": 512},  # the same
     ],
     ids=lambda change: next(iter(change)),
 )

@@ -5,6 +5,7 @@ from titans_dist.config.model import MemoryConfig, ModelConfig
 from titans_dist.config.run import (
     ClusterConfig,
     Config,
+    ConformanceConfig,
     DataConfig,
     EvaluationConfig,
     OptimizerConfig,
@@ -19,6 +20,7 @@ __all__ = [
     "ClusterConfig",
     "Config",
     "ConfigError",
+    "ConformanceConfig",
     "DataConfig",
     "EvaluationConfig",
     "HealthError",

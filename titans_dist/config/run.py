@@ -39,8 +39,12 @@ class DataConfig:
     """Vocabulary of a trained tokenizer, or of the ids in a tokens or synthetic source."""
     dtype: str = "uint16"
     """Integer type of a flat token file: uint16 or uint32."""
+    end_of_document: int | None = None
+    """Token after which a document of a flat token file ends. Unset: the file is one document."""
     sequence_length: int = 256
     """Tokens of one training sequence, >= 2."""
+    documents: str = "joined"
+    """What documents in one sequence know of each other: nothing (packed), or all that came before (joined)."""
     validation_fraction: float = 0.01
     """Share of the documents (or of a token file's end) held out, 0 < x < 0.5."""
     synthetic_tokens: int = 1 << 24
@@ -83,6 +87,9 @@ class TrainingConfig:
     """Sequences per step over all processes, a multiple of micro_batch_size x data-parallel size."""
     micro_batch_size: int = 16
     """Sequences per forward pass of one model copy, >= 1."""
+    carry_state: bool = False
+    """Whether sequences go on where those of the step before ended, with memory and attention carried over until the
+    document ends (truncated backpropagation): every document is read whole, however long. Needs documents=packed."""
     precision: str = "float32"
     """Parameters and activations: float32 or bfloat16 (with float32 master weights, gradients and memory state)."""
     device: str = "auto"
@@ -107,6 +114,8 @@ class TrackingConfig:
     """Weights & Biases project."""
     entity: str | None = None
     """Weights & Biases team or user; unset: the account's default."""
+    memory_interval: int = 10
+    """Steps between rows on the health of the neural memories, >= 1; 0 writes none."""
 
 
 @dataclass
@@ -117,6 +126,22 @@ class EvaluationConfig:
     """Held-out sequences to read; unset: all, each exactly once."""
     micro_batch_size: int = 16
     """Sequences per forward pass of one model copy, >= 1."""
+
+
+@dataclass
+class ConformanceConfig:
+    """What `titans-dist conformance` checks, and on how many tokens."""
+
+    target: str | None = None
+    """MODULE:FUNCTION that is called without arguments and returns the model to check. Unset: the model of model/."""
+    vocab_size: int = 64
+    """Tokens are drawn from 0 .. vocab_size - 1, >= 2; at most what the model has."""
+    length: int = 144
+    """Tokens of a sequence, >= 4; should be well beyond the model's chunks, segments and window."""
+    batch: int = 2
+    """Sequences, >= 2."""
+    probes: int = 32
+    """How many of the tokens are changed in turn to look for leaks of the future, >= 1."""
 
 
 @dataclass
@@ -131,7 +156,7 @@ class ClusterConfig:
 
 @dataclass
 class Config:
-    """Everything a command needs; one object for prepare, train, evaluate and info."""
+    """Everything a command needs; one object for all of them."""
 
     name: str = MISSING
     """Name of the run; starting the same name again resumes it."""
@@ -151,5 +176,7 @@ class Config:
     """Group tracking/."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """Group evaluation/."""
+    conformance: ConformanceConfig = field(default_factory=ConformanceConfig)
+    """Group conformance/."""
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     """Group cluster/."""

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
+from titans_dist.config.architecture import validate_model
+from titans_dist.config.checks import at_least, between, nearest_divisor, nearest_multiple, one_of, positive
 from titans_dist.config.errors import ConfigError
-from titans_dist.config.model import ModelConfig
 from titans_dist.config.run import Config, DataConfig
 
-VARIANTS = ("mag",)
-ACTIVATIONS = ("gelu", "silu", "relu", "identity")
-READS = ("after", "before")
+__all__ = ["validate", "validate_model"]
+
 FORMATS = ("stdlib", "text", "jsonl", "parquet", "huggingface", "tokens", "synthetic")
 
 
@@ -21,46 +19,20 @@ def validate(config: Config) -> None:
     _parallel(config)
     _optimizer(config)
     _training(config)
-
-
-def validate_model(model: ModelConfig) -> None:
-    """Raise ConfigError for a model that cannot be built, on any layout."""
-    memory = model.memory
-    one_of("model.variant", model.variant, VARIANTS)
-    one_of("model.memory.activation", memory.activation, ACTIVATIONS)
-    one_of("model.memory.read", memory.read, READS)
-    at_least("model.num_layers", model.num_layers, 1)
-    at_least("model.hidden_size", model.hidden_size, 1)
-    at_least("model.num_heads", model.num_heads, 1)
-    at_least("model.vocab_size", model.vocab_size, 2)
-    at_least("model.window", model.window, 1)
-    at_least("model.persistent_tokens", model.persistent_tokens, 0)
-    at_least("model.conv_kernel", model.conv_kernel, 1)
-    at_least("model.memory.expansion", memory.expansion, 1)
-    at_least("model.memory.chunk_size", memory.chunk_size, 1)
-    between("model.memory.depth", memory.depth, 1, 4)
-    positive("model.rope_theta", model.rope_theta)
-    positive("model.norm_eps", model.norm_eps)
-    positive("model.init_std", model.init_std)
-    if model.intermediate_size is not None:
-        at_least("model.intermediate_size", model.intermediate_size, 1)
-    if memory.theta_max is not None:
-        positive("model.memory.theta_max", memory.theta_max)
-    if model.hidden_size % model.num_heads or model.head_dim % 2:
-        step = 2 * model.num_heads
-        raise ConfigError(
-            f"model.hidden_size={model.hidden_size} does not give {model.num_heads} heads of an even width; "
-            f"use a multiple of {step}, such as {nearest_multiple(model.hidden_size, step)}, or change model.num_heads"
-        )
+    _conformance(config)
+    _carried_state(config)
 
 
 def _data(data: DataConfig) -> None:
     one_of("data.format", data.format, FORMATS)
     one_of("data.dtype", data.dtype, ("uint16", "uint32"))
+    one_of("data.documents", data.documents, ("packed", "joined"))
     at_least("data.sequence_length", data.sequence_length, 2)
     at_least("data.vocab_size", data.vocab_size, 2)
     at_least("data.synthetic_tokens", data.synthetic_tokens, 1)
     at_least("data.workers", data.workers, 0)
+    if data.end_of_document is not None:
+        at_least("data.end_of_document", data.end_of_document, 0)
     if not 0 < data.validation_fraction < 0.5:
         raise ConfigError(
             f"data.validation_fraction={data.validation_fraction} leaves no training or no held-out text; "
@@ -106,6 +78,11 @@ def _optimizer(config: Config) -> None:
             raise ConfigError(f"optimizer.{key}={value} is no decay; use a number from 0 to below 1, such as 0.95")
 
 
+def _conformance(config: Config) -> None:
+    for key, low in (("vocab_size", 2), ("length", 4), ("batch", 2), ("probes", 1)):
+        at_least(f"conformance.{key}", getattr(config.conformance, key), low)
+
+
 def _training(config: Config) -> None:
     training = config.training
     one_of("training.precision", training.precision, ("float32", "bfloat16"))
@@ -113,6 +90,7 @@ def _training(config: Config) -> None:
     for key in ("steps", "global_batch_size", "micro_batch_size", "log_interval", "checkpoint_interval"):
         at_least(f"training.{key}", getattr(training, key), 1)
     at_least("training.keep_checkpoints", training.keep_checkpoints, 2)
+    at_least("tracking.memory_interval", config.tracking.memory_interval, 0)
     at_least("evaluation.micro_batch_size", config.evaluation.micro_batch_size, 1)
     if config.evaluation.max_sequences is not None:
         at_least("evaluation.max_sequences", config.evaluation.max_sequences, 1)
@@ -126,36 +104,25 @@ def _training(config: Config) -> None:
         )
 
 
-def one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
-    """Raise ConfigError unless `value` is one of `allowed`."""
-    if value not in allowed:
-        raise ConfigError(f"{key}={value} is unknown; choose one of {', '.join(allowed)}")
-
-
-def at_least(key: str, value: float, low: float) -> None:
-    """Raise ConfigError unless `value >= low`."""
-    if not value >= low:
-        raise ConfigError(f"{key}={value} is too small; use {low} or more")
-
-
-def between(key: str, value: float, low: float, high: float) -> None:
-    """Raise ConfigError unless `low <= value <= high`."""
-    if not low <= value <= high:
-        raise ConfigError(f"{key}={value} is out of range; use {low} to {high}")
-
-
-def positive(key: str, value: float) -> None:
-    """Raise ConfigError unless `value` is a finite number above 0."""
-    if not 0 < value < math.inf:
-        raise ConfigError(f"{key}={value} must be a finite number above 0")
-
-
-def nearest_multiple(value: int, step: int) -> int:
-    """The multiple of `step`, at least `step`, that is nearest to `value`."""
-    return max(step, round(value / step) * step)
-
-
-def nearest_divisor(value: int, wanted: int) -> int:
-    """The divisor of `value` that is nearest to `wanted` (the smaller one on a tie)."""
-    divisors = [d for d in range(1, value + 1) if value % d == 0]
-    return min(divisors, key=lambda d: (abs(d - wanted), d))
+def _carried_state(config: Config) -> None:
+    model, length = config.model, config.data.sequence_length
+    if not config.training.carry_state:
+        return
+    if config.data.documents != "packed":
+        raise ConfigError(
+            f"training.carry_state=true begins anew with every document, which data.documents={config.data.documents} "
+            "does not; use data.documents=packed"
+        )
+    if model.variant == "transformer":
+        raise ConfigError(
+            "training.carry_state=true is not possible with model.variant=transformer, whose state grows with every "
+            "token; use variant=swa or one with a memory"
+        )
+    # Then a state between two steps has no running chunk, and all states of a model have the same tensors.
+    chunk = model.memory.global_chunk_size or model.memory.chunk_size
+    if model.has_memory and length % chunk:
+        name = "global_chunk_size" if model.memory.is_tnt else "chunk_size"
+        raise ConfigError(
+            f"training.carry_state=true needs sequences of whole chunks, and data.sequence_length={length} is no "
+            f"multiple of model.memory.{name}={chunk}; the nearest is {nearest_multiple(length, chunk)}"
+        )

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from titans_data import evaluation_batches
+from titans_data import evaluation_batches, stream_evaluation_batches
 from titans_dist.checkpoint.sharded import load, newest_valid
 from titans_dist.checkpoint.store import Store
 from titans_dist.config import CheckpointError, Config
@@ -24,7 +24,8 @@ def evaluate(config: Config) -> dict[str, Any]:
     """Score the run's newest valid checkpoint, on every process of the job; rank 0 writes reports/heldout.json.
 
     Losses are in nats per token. Bits per byte count the bytes of the text itself: end-of-document tokens are
-    predicted, and paid for, but have no bytes. Raises CheckpointError where the run has no checkpoint.
+    predicted, and paid for, but have no bytes. The model sees what it saw in training: sequences for themselves, or
+    with training.carry_state every sequence after all of its document that came before it. Raises CheckpointError where the run has no checkpoint.
     """
     started = time.perf_counter()
     with processes(config) as device:
@@ -37,10 +38,9 @@ def evaluate(config: Config) -> dict[str, Any]:
         scorer = Scorer(config, device)
         scorer.load(load(store, step, scorer.sharded_state(), partial=True))
         settings = config.evaluation
+        read = stream_evaluation_batches if config.training.carry_state else evaluation_batches
         loss, tokens = scorer.total_loss(
-            evaluation_batches(
-                rows, scorer.data_rank, scorer.data_size, settings.micro_batch_size, settings.max_sequences
-            )
+            read(rows, scorer.data_rank, scorer.data_size, settings.micro_batch_size, settings.max_sequences)
         )
         per_token, bytes_per_token = loss / tokens, rows.source.bytes_per_token
         report = {
@@ -50,6 +50,8 @@ def evaluate(config: Config) -> dict[str, Any]:
             "tokens": tokens,
             "bytes": None if bytes_per_token is None else round(tokens * bytes_per_token),
             "sequences": tokens // config.data.sequence_length,
+            "documents": config.data.documents,
+            "carry_state": config.training.carry_state,
             "step": step,
             "checkpoint": str(store.folder(step)),
             "seconds": time.perf_counter() - started,

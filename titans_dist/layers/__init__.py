@@ -2,7 +2,7 @@
 
     column      nn.Linear whose outputs are split (its input is whole)
     row         nn.Linear whose inputs are split (its outputs are summed)
-    heads       parameter split along its first dimension, by heads
+    heads       parameter or constant split along its first dimension, by heads
     shared      parameter that every process uses whole for its own heads (its gradients are summed)
     vocabulary  nn.Embedding split by rows
     norm        RMSNorm at the entrance of a region of column and row layers

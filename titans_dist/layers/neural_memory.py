@@ -1,7 +1,8 @@
-"""The layer around the memory operator (Titans, section 4.4)."""
+"""The layer around the memory (Titans, section 4.4)."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -9,13 +10,20 @@ from torch.nn import functional as F
 
 from titans_dist.config import ModelConfig
 from titans_dist.layers.conv import CausalConv
+from titans_dist.layers.inner_memory import InnerMemory
 from titans_dist.layers.norm import HeadNorm
-from titans_dist.layers.parameter import constant, linear, logit, normal, parameter
-from titans_dist.memory import MemorySpec, MemoryState, neural_memory
+from titans_dist.layers.parameter import linear
+from titans_dist.layers.state import expand
+from titans_dist.layers.tnt import TNTMemory, TNTState
+from titans_dist.memory import MemoryState
 
-# The gates before training, each per token: the share forgotten, the momentum kept, and the inner learning rate as a
-# share of theta_max.
-ALPHA, ETA, THETA = 0.01, 0.9, 0.1
+
+@dataclass
+class LayerState:
+    """The last inputs of the convolutions over q, k, v (B, kernel - 1, hidden), and the memory."""
+
+    tails: list[Tensor]
+    memory: MemoryState | TNTState
 
 
 class NeuralMemory(nn.Module):
@@ -25,78 +33,76 @@ class NeuralMemory(nn.Module):
     of its own: those tokens do not depend on the sequence, so this is done once for the whole batch.
     """
 
-    plan: ClassVar = {
-        **{name: "column" for name in ("q", "k", "v", "alpha", "eta", "theta", "gate")},
-        **{name: "heads" for name in ("weights", "gain", "bias")},
-    }
+    plan: ClassVar = {name: "column" for name in ("q", "k", "v", "gate")}
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         hidden, heads, dim, memory = config.hidden_size, config.num_heads, config.head_dim, config.memory
-        self.spec = MemorySpec(memory.depth, memory.expansion, memory.activation, memory.residual, memory.momentum)
-        self.head_dim, self.chunk_size, self.read = dim, memory.chunk_size, memory.read
-        self.theta_max = memory.theta_max or (1 - ETA if memory.momentum else 1.0) / memory.chunk_size
+        self.head_dim = dim
         self.q = linear(hidden, hidden, config.init_std)
         self.k = linear(hidden, hidden, config.init_std)
         self.v = linear(hidden, hidden, config.init_std)
         self.q_conv = CausalConv(hidden, config.conv_kernel)
         self.k_conv = CausalConv(hidden, config.conv_kernel)
         self.v_conv = CausalConv(hidden, config.conv_kernel)
-        self.alpha = linear(hidden, heads, config.init_std, bias=logit(ALPHA))
-        self.eta = linear(hidden, heads, config.init_std, bias=logit(ETA)) if memory.momentum else None
-        self.theta = linear(hidden, heads, config.init_std, bias=logit(THETA))
-        shapes = self.spec.shapes(dim)
-        self.weights = nn.ParameterList(
-            parameter(heads, d_in, d_out, init=normal(std), decay=True)
-            for (d_in, d_out), std in zip(shapes, self.spec.initial_std(dim), strict=True)
-        )
-        if memory.residual:
-            self.gain = parameter(heads, dim, init=constant(1.0))
-            self.bias = parameter(heads, dim, init=constant(0.0))
+        self.memory = TNTMemory(config) if memory.is_tnt else InnerMemory(config, memory.chunk_size, memory.read)
         self.norm = HeadNorm(heads, dim, config.norm_eps)
         self.gate = linear(hidden, hidden, config.init_std)
 
-    def forward(self, x: Tensor, persistent: Tensor | None) -> Tensor:
-        """`persistent` (1, P, hidden) is written into the memory before the first token of `x`."""
-        state, past = None, None
-        if persistent is not None:
-            past = (self.q(persistent), self.k(persistent), self.v(persistent))
-            _, state = self._remember(persistent, past, None, None, persistent.shape[1])
-            state = MemoryState(*([t.expand(x.shape[0], *t.shape[1:]) for t in ts] for ts in _parts(state)))
-        y, _ = self._remember(x, (self.q(x), self.k(x), self.v(x)), past, state, self.chunk_size)
-        return self.norm(y) * F.silu(self._heads(self.gate(x)))
+    def forward(
+        self, x: Tensor, persistent: Tensor | None, state: LayerState | None = None, starts: Tensor | None = None
+    ) -> tuple[Tensor, LayerState]:
+        """`persistent` (1, P, hidden) is written into the memory before the first token of every document.
 
-    def _remember(
-        self,
-        x: Tensor,
-        projected: tuple[Tensor, Tensor, Tensor],
-        past: tuple[Tensor, Tensor, Tensor] | None,
-        state: MemoryState | None,
-        chunk_size: int,
-    ) -> tuple[Tensor, MemoryState]:
-        convs = (self.q_conv, self.k_conv, self.v_conv)
-        q, k, v = (
-            self._heads(F.silu(conv(part, before)))
-            for conv, part, before in zip(convs, projected, past or (None,) * 3, strict=True)
-        )
-        return neural_memory(
-            F.normalize(q, dim=-1),
-            F.normalize(k, dim=-1),
-            v,
-            spec=self.spec,
-            weights=list(self.weights),
-            alpha=self.alpha(x).sigmoid(),
-            eta=None if self.eta is None else self.eta(x).sigmoid(),
-            theta=self.theta(x).sigmoid() * self.theta_max,
-            norm=(self.gain, self.bias) if self.spec.residual else None,
-            state=state,
-            chunk_size=chunk_size,
-            read=self.read,
-        )
+        state: what an earlier call returned; starts (B, T): tokens that begin a document. Returns also the state after.
+        """
+        begin = self.begin(persistent)[1] if state is None or starts is not None else None
+        now = begin if state is None else state
+        assert now is not None
+        return self.write(x, now, begin, starts)
+
+    def write(
+        self, x: Tensor, state: LayerState, begin: LayerState | None, starts: Tensor | None
+    ) -> tuple[Tensor, LayerState]:
+        """`forward` from a state (B or 1 rows); documents at `starts` begin with `begin`, what `begin()` returns."""
+        batch = x.shape[0]
+        state = expand(state, batch)
+        q, k, v, tails = self._project(x, state.tails, starts, begin)
+        start = None if begin is None else expand(begin.memory, batch)
+        y, memory = self.memory(x, q, k, v, state.memory, start, starts)
+        return self._gated(x, y), LayerState(tails, memory)
+
+    def begin(self, persistent: Tensor | None) -> tuple[Tensor | None, LayerState]:
+        """What a sequence begins with (one row): the outputs at the persistent tokens (1, P, hidden), and the state."""
+        tails = [conv.no_past() for conv in (self.q_conv, self.k_conv, self.v_conv)]
+        if persistent is None:
+            return None, LayerState(tails, self.memory.learned_state(1))
+        q, k, v, tails = self._project(persistent, tails, None, None)
+        y, memory = self.memory.read_persistent(persistent, q, k, v)
+        return self._gated(persistent, y), LayerState(tails, memory)
+
+    def query(self, x: Tensor, tail: Tensor, starts: Tensor | None, begin: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The queries of `x` alone, (B, T, H, D), and their convolution's tail."""
+        q, tail = self.q_conv(self.q(x), tail, starts, begin)
+        return F.normalize(self._heads(F.silu(q)), dim=-1), tail
+
+    def retrieve(self, x: Tensor, q: Tensor, weights: list[Tensor]) -> Tensor:
+        """What a memory that nothing is written to holds about `x` and its queries: (B, T, H, D)."""
+        assert isinstance(self.memory, InnerMemory)
+        return self._gated(x, self.memory.retrieve(q, weights))
+
+    def _project(
+        self, x: Tensor, tails: list[Tensor], starts: Tensor | None, begin: LayerState | None
+    ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+        begins = [None] * 3 if begin is None else begin.tails
+        q, q_tail = self.query(x, tails[0], starts, begins[0])
+        k, k_tail = self.k_conv(self.k(x), tails[1], starts, begins[1])
+        v, v_tail = self.v_conv(self.v(x), tails[2], starts, begins[2])
+        k, v = self._heads(F.silu(k)), self._heads(F.silu(v))
+        return q, F.normalize(k, dim=-1), v, [q_tail, k_tail, v_tail]
+
+    def _gated(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.norm(y) * F.silu(self._heads(self.gate(x)))
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim))
-
-
-def _parts(state: MemoryState) -> tuple[list[Tensor], list[Tensor]]:
-    return state.weights, state.momentum

@@ -1,22 +1,31 @@
-"""The memory's non-linearities with their derivatives: z -> (act(z), act'(z)).
+"""The memory's non-linearities with their derivatives.
 
-The inner gradient is written out, not traced, so the derivative is a value like any other, and training differentiates
-it once more.
+The inner gradient is written out, not traced, so the first derivative is a value like any other, and training
+differentiates it once more.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 
+class Activation(NamedTuple):
+    """act(z); (act(z), act'(z)), differentiable; (g, z) -> g act'(z) and act''(z), not differentiable."""
+
+    value: Callable[[Tensor], Tensor]
+    with_slope: Callable[[Tensor], tuple[Tensor, Tensor]]
+    pull_back: Callable[[Tensor, Tensor], Tensor]
+    curvature: Callable[[Tensor], Tensor]
+
+
 class _Gelu(torch.autograd.Function):
-    """gelu and gelu', with gelu''(z) = pdf(z) (2 - z^2): a few passes over memory where autograd takes twenty."""
+    """gelu and gelu': a few passes over memory where autograd takes twenty."""
 
     @staticmethod
     def forward(ctx: Any, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -28,9 +37,12 @@ class _Gelu(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor, grad_slope: Tensor) -> Tensor:
         z, slope = ctx.saved_tensors
-        square = z * z
-        curvature = (square * -0.5).exp_().mul_(2 - square).mul_(1 / math.sqrt(2 * math.pi))
-        return (grad * slope).addcmul_(grad_slope, curvature)
+        return (grad * slope).addcmul_(grad_slope, _gelu_curvature(z))
+
+
+def _gelu_curvature(z: Tensor) -> Tensor:
+    square = z * z
+    return (square * -0.5).exp_().mul_(2 - square).mul_(1 / math.sqrt(2 * math.pi))
 
 
 def _silu(z: Tensor) -> tuple[Tensor, Tensor]:
@@ -38,10 +50,20 @@ def _silu(z: Tensor) -> tuple[Tensor, Tensor]:
     return z * s, s * (1 + z * (1 - s))
 
 
-# By name: the activation alone, and the activation with its derivative.
-ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], tuple[Tensor, Tensor]]]] = {
-    "gelu": (F.gelu, _Gelu.apply),
-    "silu": (F.silu, _silu),
-    "relu": (F.relu, lambda z: (F.relu(z), (z > 0).to(z.dtype))),
-    "identity": (lambda z: z, lambda z: (z, torch.ones_like(z))),
+def _silu_curvature(z: Tensor) -> Tensor:
+    s = torch.sigmoid(z)
+    return s * (1 - s) * (2 + z * (1 - 2 * s))
+
+
+def _relu_slope(z: Tensor) -> Tensor:
+    return (z > 0).to(z.dtype)
+
+
+ACTIVATIONS: dict[str, Activation] = {
+    "gelu": Activation(F.gelu, _Gelu.apply, torch.ops.aten.gelu_backward, _gelu_curvature),
+    "silu": Activation(F.silu, _silu, torch.ops.aten.silu_backward, _silu_curvature),
+    "relu": Activation(
+        F.relu, lambda z: (F.relu(z), _relu_slope(z)), lambda g, z: g * _relu_slope(z), torch.zeros_like
+    ),
+    "identity": Activation(lambda z: z, lambda z: (z, torch.ones_like(z)), lambda g, z: g.clone(), torch.zeros_like),
 }

@@ -1,104 +1,238 @@
 """The exact chunked dual form: one pass of matrix products per chunk, no per-token weights.
 
-Inside a chunk every gradient is taken at W_c, so each is an outer product -a_{l-1}^T delta_l with delta = -dl/dz, and
-W_t is a known combination of W_c, S_c and those products. A query never needs W_t itself, only its product with it:
+Inside a chunk every gradient is an outer product -a_{l-1}^T delta_l with delta = -dl/dz, and W_t is a known combination
+of the past and those products. A query never needs W_t itself, only its product with it:
 
-    x W_t = past_t0 (x W_c) + past_t1 (x S_c) + sum_{i <= t} write_ti (x a_i^T) delta_i
+    x W_t = sum_m past_tm (x X_m) + sum_{i <= t} write_ti (x a_i^T) delta_i
 
-Batch and heads are one dimension here, G = B H, and the slots W and S of a layer one tensor (G, m, d_in, d_out).
+Only the writes go from chunk to chunk; they leave behind the slots X of every chunk's start, and then all chunks are
+read at once. (The plain memories' own form, in `fused`, reads each chunk while it is at hand.) Batch and heads are one
+dimension here, G = B H; N chunks of b tokens come first.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
+from titans_dist.memory import channels
 from titans_dist.memory.activations import ACTIVATIONS
+from titans_dist.memory.fused import write_and_read
 from titans_dist.memory.gates import ChunkGates, chunk_gates, read_before
-from titans_dist.memory.network import Norm, descent, output
-from titans_dist.memory.spec import MemorySpec, MemoryState
+from titans_dist.memory.network import Norm, apply, output
+from titans_dist.memory.retention import has_fresh_end, link
+from titans_dist.memory.spec import MemorySpec
+from titans_dist.memory.state import MemoryState
+from titans_dist.memory.tokens import Tokens
+from titans_dist.memory.writes import Carry, Pairs, Slots, Written, past_product, write_chunks
+
+GROUP_TOKENS = 512
+"""Tokens whose chunks are worked on together. Where `recompute` keeps only the states between groups, also those that
+are recomputed together: the more, the better used the hardware and the larger the peak."""
 
 
 def dual_form(
     spec: MemorySpec,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    alpha: Tensor,
-    eta: Tensor | None,
-    theta: Tensor,
+    tokens: Tokens,
     norm: Norm | None,
     state: MemoryState,
+    start: MemoryState,
     chunk_size: int,
     read: str,
+    recompute: bool,
+    state_grad_clip: float | None,
 ) -> tuple[Tensor, MemoryState]:
-    """q, k, v (B, H, T, D), gates (B, H, T) -> y (B, H, T, D) and the state after token T. Time O(T chunk_size)."""
-    batch, heads, length = q.shape[:3]
-    slots = [
-        torch.stack(ws, 2).flatten(0, 1) for ws in zip(*filter(None, (state.weights, state.momentum)), strict=True)
-    ]
-    if norm is not None:
-        norm = (_every_row(norm[0], batch, heads), _every_row(norm[1], batch, heads))
-    whole = length - length % chunk_size
+    """y (B, T, H, D) and the state after token T. `norm`: (B H, 1, D) each. Time O(T chunk_size)."""
+    batch, length, heads = tokens.q.shape[:3]
+    carry, start_slots = _to_carry(state), _to_carry(start).slots
+    begins = None if tokens.starts is None else tokens.starts.any(0).tolist()
+    clip = _Clip(state_grad_clip) if state_grad_clip is not None and torch.is_grad_enabled() else None
     outputs = []
-    for rows, size in ((slice(0, whole), chunk_size), (slice(whole, length), length - whole)):  # the last may be short
-        if rows.start == rows.stop:
-            continue
-        alphas, etas, thetas = (
-            None if gate is None else gate[:, :, rows].unflatten(-1, (-1, size)) for gate in (alpha, eta, theta)
-        )
-        assert alphas is not None and thetas is not None
-        gates = chunk_gates(alphas, etas, thetas)
-        if read == "before":
-            gates = read_before(gates)
-        parts = [x[:, :, rows].flatten(0, 1).split(size, 1) for x in (q, k, v)]
-        for q_c, k_c, v_c, gates_c in zip(*parts, gates.split(), strict=True):
-            inputs, deltas = descent(spec, [x[:, 0] for x in slots], k_c, v_c, norm)
-            outputs.append(_read(spec, q_c, inputs, deltas, norm, slots, gates_c))
-            slots = [_write(x, a, d, gates_c) for x, a, d in zip(slots, inputs, deltas, strict=True)]
-    ends = [x.unflatten(0, (batch, heads)).unbind(2) for x in slots]
-    y = torch.cat(outputs, 1).unflatten(0, (batch, heads))
-    return y, MemoryState([x[0] for x in ends], [x[1] for x in ends if len(x) > 1])
+    for begin, chunks, size in _pieces(length, state.position, chunk_size):
+        part = tokens.part(begin, begin + chunks * size)
+        if begins is not None and not any(begins[begin : begin + chunks * size]):
+            part.starts = None  # the common case is the cheap one
+        arguments = (spec, part, chunks, norm, carry, start_slots, chunk_size, read)
+        if recompute and torch.is_grad_enabled():
+            y, carry = checkpoint(_group, *arguments, use_reentrant=False, preserve_rng_state=False)
+        else:
+            y, carry = _group(*arguments)
+        outputs.append(y)
+        if clip is not None:
+            carry.slots = clip.slots(carry.slots)
+    y = torch.cat(outputs, 1)
+    return y if clip is None else clip.outputs(y), _from_carry(carry, batch, heads)
 
 
-def _read(
+class _Clip:
+    """Keeps the gradient that goes from one group of chunks to the one before within `limit` times that at the outputs.
+
+    Both are norms of one row, over all its slots and over all its outputs: neither the scale of the loss nor the other
+    rows of the batch matter.
+    """
+
+    def __init__(self, limit: float) -> None:
+        self.limit = limit
+        self.largest: Tensor | None = None  # (G,); known once the gradient at the outputs is, which comes first
+
+    def outputs(self, y: Tensor) -> Tensor:
+        """The outputs (B, T, H, D) as they are."""
+        return _Noticed.apply(self, y)
+
+    def slots(self, layers: list[Slots]) -> list[Slots]:
+        """The slots between two groups as they are."""
+        m = len(layers[0])
+        flat = _Clipped.apply(self, *(x for layer in layers for x in layer))
+        return [list(flat[i : i + m]) for i in range(0, len(flat), m)]
+
+
+class _Noticed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, clip: _Clip, y: Tensor) -> Tensor:
+        ctx.clip = clip
+        return y.view_as(y)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        ctx.clip.largest = ctx.clip.limit * torch.linalg.vector_norm(grad, dim=(1, 3)).flatten()
+        return None, grad
+
+
+class _Clipped(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, clip: _Clip, *slots: Tensor) -> tuple[Tensor, ...]:
+        ctx.clip = clip
+        return tuple(x.view_as(x) for x in slots)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        if ctx.clip.largest is None:  # nothing was asked of the outputs
+            return (None, *grads)
+        largest = ctx.clip.largest[:, None, None]
+        # The largest element first: the squares of an exploding gradient are infinite long before it is.
+        top = torch.stack([g.abs().amax((1, 2)) for g in grads]).amax(0)[:, None, None]
+        safe = top.clamp_min(torch.finfo(top.dtype).tiny)
+        norm = safe * torch.stack([(g / safe).square().sum((1, 2), keepdim=True) for g in grads]).sum(0).sqrt()
+        return (None, *(torch.where(norm <= largest, g, (g / norm * largest).nan_to_num(0.0)) for g in grads))
+
+
+def _pieces(length: int, position: int, chunk_size: int) -> list[tuple[int, int, int]]:
+    """(first token, chunks, tokens of each) per group: the running chunk's rest, whole chunks, what is left."""
+    head = min(length, chunk_size - position) if position else 0
+    pieces = [(0, 1, head)] if head else []
+    whole = (length - head) // chunk_size
+    group = max(1, GROUP_TOKENS // chunk_size)
+    for first in range(0, whole, group):
+        pieces.append((head + first * chunk_size, min(group, whole - first), chunk_size))
+    done = head + whole * chunk_size
+    return [*pieces, (done, 1, length - done)] if done < length else pieces
+
+
+def _group(
     spec: MemorySpec,
-    q: Tensor,
-    inputs: list[Tensor],
-    deltas: list[Tensor],
+    tokens: Tokens,
+    chunks: int,
     norm: Norm | None,
-    slots: list[Tensor],
-    gates: ChunkGates,
-) -> Tensor:
-    """f(W_t; q_t) for every token of a chunk (G, b, D), layer by layer."""
-    activation, _ = ACTIVATIONS[spec.activation]
-    x = q
-    for i, (past, a, delta) in enumerate(zip(slots, inputs, deltas, strict=True)):
-        z = torch.baddbmm(_past(x, past, gates.past), gates.write * (x @ a.mT), delta)
-        x = activation(z) if i + 1 < len(inputs) else z
+    carry: Carry,
+    start: list[Slots],
+    chunk_size: int,
+    read: str,
+) -> tuple[Tensor, Carry]:
+    """One group of chunks: its writes one after another, then all its reads at once."""
+    batch, _, heads = tokens.q.shape[:3]
+    q, k, v, alpha, eta, theta, delta = (
+        None if x is None else _chunked(x, chunks) for x in list(vars(tokens).values())[:-1]
+    )
+    assert q is not None and k is not None and v is not None and theta is not None
+    if spec.implicit:
+        theta = theta / (1 + 2 * theta * k.square().sum(-1))
+    document = None
+    if tokens.starts is not None:
+        counts = tokens.starts.unflatten(1, (chunks, -1)).transpose(0, 1).cumsum(-1)  # (N, B, b)
+        document = counts.unsqueeze(2).expand(-1, -1, heads, -1).flatten(1, 2)
+    if spec.channel_wise:
+        by_channel = (None if alpha is None else alpha.mT, None if eta is None else eta.mT, theta.mT)
+        gates = chunk_gates(*by_channel, None if document is None else document.unsqueeze(2))
+    else:
+        gates = chunk_gates(alpha, eta, theta, document)
+    pairs = Pairs(k, v, alpha, delta, document)
+    is_plain = spec.is_linear and not spec.is_delta_rule and not spec.channel_wise and document is None
+    if is_plain and not (read == "start" and carry.position):
+        raw, after = write_and_read(spec, q, pairs, gates, _seen(gates, None, read), norm, carry, chunk_size)
+        return _unchunked(output(spec, q, raw, norm), batch, heads), after
+    written = write_chunks(spec, pairs, gates, norm, carry, start, chunk_size, read)
+    if read == "start" and carry.anchor is not None and written.gates is None:
+        began = [link(spec, a)[0].unsqueeze(0) for a in carry.anchor]
+        written.slots = [[w, *x[1:]] for w, x in zip(began, written.slots, strict=True)]
+    y = _read(spec, q, written, _seen(gates, document, read) if written.gates is None else written.gates, norm)
+    if written.fresh is not None and read == "after" and has_fresh_end(spec):
+        y = torch.cat([y[..., :-1, :], apply(spec, written.fresh, q[..., -1:, :], norm)], -2)
+    return _unchunked(y, batch, heads), written.carry
+
+
+def _read(spec: MemorySpec, q: Tensor, written: Written, gates: ChunkGates, norm: Norm | None) -> Tensor:
+    """f(W_t; q_t) for every token of every chunk, (N, G, b, D), layer by layer."""
+    activation, x = ACTIVATIONS[spec.activation].value, q
+    for i, (slots, a, d) in enumerate(zip(written.slots, written.inputs, written.deltas, strict=True)):
+        if i:
+            x = activation(x)
+        if spec.channel_wise:
+            x = channels.read(spec, i, x, slots, a, d, gates)
+            continue
+        z = past_product(x, slots, gates.past)
+        if gates.write is not None:
+            scores = gates.write * (x @ a.mT)
+            if written.rho is not None:
+                scores = written.rho[i] * scores
+            z = torch.baddbmm(z.flatten(0, 1), scores.flatten(0, 1), d.flatten(0, 1)).view_as(z)
+        x = z
     return output(spec, q, x, norm)
 
 
-def _past(x: Tensor, slots: Tensor, gate: Tensor) -> Tensor:
-    """sum_m gate_m (x @ slots_m): (G, b, d_in), gate (G, b, m) -> (G, b, d_out); the gate on the narrower side."""
-    if slots.shape[2] <= slots.shape[3]:
-        return _scaled(x, gate) @ slots.flatten(1, 2)
-    return (gate.mT.unsqueeze(-1) * (x.unsqueeze(1) @ slots)).sum(1)
+def _seen(gates: ChunkGates, document: Tensor | None, read: str) -> ChunkGates:
+    """The gates of what a token reads."""
+    if read == "after":
+        return gates
+    if gates.past.dim() > 4 and document is not None:
+        document = document.unsqueeze(2).expand(gates.past.shape[:-1])
+    if read == "before":
+        return read_before(gates, document)
+    past = torch.zeros_like(gates.past)
+    new = torch.zeros_like(gates.kept) if document is None else (document > 0).to(past.dtype)
+    past[..., 0] = 1 - new
+    if document is not None:
+        past[..., past.shape[-1] // 2] = new
+    return replace(gates, past=past, write=None)
 
 
-def _write(slots: Tensor, a: Tensor, delta: Tensor, gates: ChunkGates) -> Tensor:
-    """One layer's slots after a chunk: the old ones mixed, and the sum of outer products."""
-    kept = (gates.keep @ slots.flatten(2)).view_as(slots)
-    if slots.shape[2] <= slots.shape[3]:
-        return torch.baddbmm(kept.flatten(1, 2), _scaled(a, gates.add.mT).mT, delta).view_as(slots)
-    return kept + a.mT.unsqueeze(1) @ (gates.add.unsqueeze(-1) * delta.unsqueeze(1))
+def _chunked(x: Tensor, chunks: int) -> Tensor:
+    """(B, T, H, ...) -> (N, B H, b, ...)."""
+    return x.unflatten(1, (chunks, -1)).transpose(0, 1).transpose(2, 3).flatten(1, 2)
 
 
-def _scaled(x: Tensor, gate: Tensor) -> Tensor:
-    """x (G, b, d) once per slot, each times its gate (G, b, m), side by side: (G, b, m d)."""
-    return (gate.unsqueeze(-1) * x.unsqueeze(2)).flatten(2)
+def _unchunked(y: Tensor, batch: int, heads: int) -> Tensor:
+    """(N, B H, b, D) -> (B, T, H, D)."""
+    return y.unflatten(1, (batch, heads)).permute(1, 0, 3, 2, 4).flatten(1, 2)
 
 
-def _every_row(x: Tensor, batch: int, heads: int) -> Tensor:
-    """LayerNorm's (D,) or (H, 1, D) for every sequence and head, (G, 1, D)."""
-    return x.expand(batch, heads, 1, x.shape[-1]).flatten(0, 1)
+def _to_carry(state: MemoryState) -> Carry:
+    layers = zip(*filter(None, (state.weights, state.momentum)), strict=True)
+    slots = [[x.flatten(0, 1) for x in layer] for layer in layers]
+    anchor = [x.flatten(0, 1) for x in state.anchor] if state.position else None
+    return Carry(slots, anchor, None if state.kept is None else state.kept.flatten(), state.position)
+
+
+def _from_carry(carry: Carry, batch: int, heads: int) -> MemoryState:
+    def apart(x: Tensor) -> Tensor:
+        return x.unflatten(0, (batch, heads))
+
+    state = MemoryState([apart(x[0]) for x in carry.slots], [apart(x[1]) for x in carry.slots if len(x) > 1])
+    if carry.position and carry.anchor is not None and carry.kept is not None:
+        state = replace(state, anchor=[apart(x) for x in carry.anchor], kept=apart(carry.kept), position=carry.position)
+    return state

@@ -1,8 +1,7 @@
 """The memory as a network: its output, and the gradient of its inner loss written out by hand.
 
-The loss is l(W; k, v) = ||f_W(k) - v||^2, summed over features. Each layer's gradient is an outer product
--a_{l-1}^T delta_l with delta_l = -dl/dz_l, so the pair (inputs, deltas) says all of it. The sign is that of a write:
-what the memory adds, not what it would subtract.
+Each layer's gradient is an outer product -a_{l-1}^T delta_l with delta_l = -dl/dz_l, so the pair (inputs, deltas) says
+all of it. The sign is that of a write: what the memory adds, not what it would subtract.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from titans_dist.memory.activations import ACTIVATIONS
+from titans_dist.memory.bias import output_descent
 from titans_dist.memory.spec import MemorySpec
 
 NORM_EPS = 1e-6
@@ -34,26 +34,44 @@ def output(spec: MemorySpec, x: Tensor, raw: Tensor, norm: Norm | None) -> Tenso
     return x + F.layer_norm(raw, raw.shape[-1:], eps=NORM_EPS) * gain + bias
 
 
+def apply(spec: MemorySpec, weights: list[Tensor], x: Tensor, norm: Norm | None) -> Tensor:
+    """f_W(x) for inputs (..., n, D) and weights (..., d_in, d_out)."""
+    activation = ACTIVATIONS[spec.activation].value
+    raw = x
+    for i, w in enumerate(weights):
+        raw = raw @ w
+        if i + 1 < len(weights):
+            raw = activation(raw)
+    return output(spec, x, raw, norm)
+
+
+def raw_descent(spec: MemorySpec, raw: Tensor, k: Tensor, v: Tensor, delta: Tensor | None, norm: Norm | None) -> Tensor:
+    """-dl/dz_L from the MLP's output z_L = raw, the keys and the values, all (..., n, D)."""
+    if not spec.residual:
+        return output_descent(spec, raw, v, delta)
+    assert norm is not None
+    gain, bias = norm
+    normal, rstd = layer_norm(raw)
+    g = output_descent(spec, k + normal * gain + bias, v, delta) * gain
+    return rstd * (g - g.mean(-1, keepdim=True) - normal * (g * normal).mean(-1, keepdim=True))
+
+
 def descent(
-    spec: MemorySpec, weights: list[Tensor], k: Tensor, v: Tensor, norm: Norm | None
+    spec: MemorySpec,
+    weights: list[Tensor],
+    k: Tensor,
+    v: Tensor,
+    delta: Tensor | None,
+    norm: Norm | None,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Inputs a_{l-1} (..., n, d_in) and deltas -dl/dz_l (..., n, d_out) of every layer for n pairs (k, v)."""
-    _, with_slope = ACTIVATIONS[spec.activation]
+    with_slope = ACTIVATIONS[spec.activation].with_slope
     inputs, slopes = [k], []
     for w in weights[:-1]:
         a, slope = with_slope(inputs[-1] @ w)
         inputs.append(a)
         slopes.append(slope)
-    raw = inputs[-1] @ weights[-1]
-    if spec.residual:
-        assert norm is not None
-        gain, bias = norm
-        normal, rstd = layer_norm(raw)
-        g = 2 * (v - k - normal * gain - bias) * gain
-        delta = rstd * (g - g.mean(-1, keepdim=True) - normal * (g * normal).mean(-1, keepdim=True))
-    else:
-        delta = 2 * (v - raw)
-    deltas = [delta]
+    deltas = [raw_descent(spec, inputs[-1] @ weights[-1], k, v, delta, norm)]
     for i in range(len(weights) - 1, 0, -1):
         deltas.append((deltas[-1] @ weights[i].mT) * slopes[i - 1])
     return inputs, deltas[::-1]

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar, overload
 
 import torch
 from torch import Tensor, nn
 
 from titans_dist.config import ModelConfig
 from titans_dist.config.validate import validate_model
-from titans_dist.layers.mag import MemoryAsGate
+from titans_dist.layers.mixers import build_mixer
 from titans_dist.layers.mlp import SwiGLU
 from titans_dist.layers.norm import RMSNorm
 from titans_dist.layers.parameter import Parameter, initial_value, linear, normal, parameter
+from titans_dist.model.state import ModelState
 
 
 class Block(nn.Module):
@@ -23,13 +24,15 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.mixer_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.mixer = MemoryAsGate(config)
+        self.mixer: Any = build_mixer(config)
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = SwiGLU(config)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.mixer(self.mixer_norm(x))
-        return x + self.mlp(self.mlp_norm(x))
+    def forward(self, x: Tensor, state: Any = None, starts: Tensor | None = None) -> tuple[Tensor, Any]:
+        """The state is the mixer's."""
+        y, after = self.mixer(self.mixer_norm(x), state, starts)
+        x = x + y
+        return x + self.mlp(self.mlp_norm(x)), after
 
 
 class LanguageModel(nn.Module):
@@ -53,11 +56,49 @@ class LanguageModel(nn.Module):
         if self.config.tie_embeddings:
             self.head.weight = self.embedding.weight
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    @overload
+    def __call__(self, tokens: Tensor, state: None = None, starts: Tensor | None = None) -> Tensor: ...
+
+    @overload
+    def __call__(
+        self, tokens: Tensor, state: ModelState, starts: Tensor | None = None
+    ) -> tuple[Tensor, ModelState]: ...
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return super().__call__(*args, **kwargs)
+
+    def forward(
+        self, tokens: Tensor, state: ModelState | None = None, starts: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, ModelState]:
+        """With a `state` (`initial_state`, or what an earlier call returned) the sequence goes on from there.
+
+        Returns logits, or with a state (logits, the state after): any split of a sequence gives what one call gives.
+        starts (B, T) bool: token t is the first of a document; documents do not see each other.
+        """
+        _check(tokens, state, starts)
         x = self.embedding(tokens)
-        for block in self.blocks:
-            x = block(x)
-        return self.head(self.norm(x))
+        states = []
+        for i, block in enumerate(self.blocks):
+            x, after = block(x, None if state is None else state.layers[i], starts)
+            states.append(after)
+        logits = self.head(self.norm(x))
+        return logits if state is None else (logits, ModelState(states))
+
+    def initial_state(self, batch_size: int) -> ModelState:
+        """The state before the first token of `batch_size` sequences."""
+        return ModelState([block.mixer.initial_state(batch_size) for block in self.blocks])  # type: ignore[union-attr, operator]
+
+
+def _check(tokens: Tensor, state: ModelState | None, starts: Tensor | None) -> None:
+    shape = tuple(tokens.shape)
+    if len(shape) != 2 or 0 in shape or tokens.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"tokens has shape {shape} and dtype {tokens.dtype}; it must be (B, T), not empty, of int64")
+    if starts is not None and (tuple(starts.shape) != shape or starts.dtype != torch.bool):
+        raise ValueError(f"starts has shape {tuple(starts.shape)} and dtype {starts.dtype}; use {shape} and bool")
+    if state is not None and state.batch_size != shape[0]:
+        raise ValueError(
+            f"state is of {state.batch_size} sequences, tokens of {shape[0]}; use initial_state({shape[0]})"
+        )
 
 
 def build_model(config: ModelConfig, seed: int = 0) -> LanguageModel:

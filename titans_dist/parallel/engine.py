@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,14 +13,18 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, ParamKey, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
 from titans_dist.config import Config
+from titans_dist.layers.telemetry import Records, collect
+from titans_dist.parallel.carried import CarriedState
 from titans_dist.parallel.cpu import cpu_device_mode
+from titans_dist.parallel.culprit import find_culprit
 from titans_dist.parallel.optimizer_state import load_optimizer_state, optimizer_sharded_state
-from titans_dist.parallel.stage import MicroBatch, build_stage, inputs_and_targets
+from titans_dist.parallel.stage import MicroBatch, build_stage, stage_inputs
 
 
 @dataclass
@@ -28,6 +34,8 @@ class StepResult:
     loss: float
     grad_norm: float
     lr: float
+    memories: dict[str, dict[str, Any]] | None = None
+    """How this rank's part of each memory was doing in the first micro-batch, where that was asked for."""
 
 
 class Engine:
@@ -40,7 +48,10 @@ class Engine:
         self.module = DistributedDataParallel(
             transformer,
             DistributedDataParallelConfig(
-                use_distributed_optimizer=True, grad_reduce_in_fp32=True, overlap_grad_reduce=True
+                use_distributed_optimizer=True,
+                grad_reduce_in_fp32=True,
+                # Overlap waits for every parameter's gradient; where no document begins, what it begins with has none.
+                overlap_grad_reduce=not config.training.carry_state,
             ),
             module,
         )
@@ -55,6 +66,10 @@ class Engine:
         # Built before the first step: weight decay exclusions act only through it.
         self.scheduler = _scheduler(config, self.optimizer)
         self._schedule = get_forward_backward_func()
+        self.observes = False
+        """Whether the next step looks into this rank's part of the memories."""
+        self._records: Records | None = None
+        self.carried = CarriedState(config, self.stage.model) if config.training.carry_state else None
 
     @property
     def data_rank(self) -> int:
@@ -67,13 +82,13 @@ class Engine:
         return parallel_state.get_data_parallel_world_size()
 
     def step(self, batches: list[MicroBatch]) -> StepResult:
-        """One optimizer step on this rank's micro-batches, each `tokens` (b, T + 1)."""
+        """One optimizer step on this rank's micro-batches, each `tokens` (b, T + 1) and, if packed, `starts` (b, T)."""
         self.module.zero_grad_buffer()
         self.optimizer.zero_grad()
         rows, length = batches[0]["tokens"].shape
         losses = self._schedule(
             forward_step_func=self._forward,
-            data_iterator=iter(batches),
+            data_iterator=iter(enumerate(batches)),
             model=self.module,
             num_microbatches=len(batches),
             seq_length=length - 1,
@@ -81,30 +96,67 @@ class Engine:
             forward_only=False,
         )
         self.scheduler.step(increment=1)
-        with cpu_device_mode():
-            _, grad_norm, _ = self.optimizer.step()
+        grad_norm = self._update()
         loss = torch.stack(losses).sum() / len(losses) / self.data_size
         dist.all_reduce(loss, group=parallel_state.get_data_parallel_group())
         lr = next(group["lr"] for group in self.optimizer.param_groups)
-        return StepResult(loss.item(), float(grad_norm), float(lr))
+        result = StepResult(loss.item(), grad_norm, float(lr))
+        if self._records is not None:
+            result.memories, self._records = self._records.summary(self.stage.model), None
+        return result
 
-    def _forward(self, batches: Iterator[MicroBatch], module: nn.Module) -> tuple[Tensor, Callable[[Tensor], Any]]:
-        tokens, targets = inputs_and_targets(next(batches), self.device)
+    def culprit(self, batches: list[MicroBatch]) -> str:
+        """What was the first thing not finite in the last step, which was on `batches` and so changed nothing.
+
+        A carried state is the one after that step by now.
+        """
+        numbered = list(enumerate(batches))
+        return find_culprit(self.stage.model, lambda: [self._forward(iter([item]), self.module) for item in numbered])
+
+    def _update(self) -> float:
+        """The optimizer's step by its parts: what is not finite reaches no parameter. Returns the gradient norm."""
+        with cpu_device_mode():
+            self.optimizer.prepare_grads()
+            norm = float(self.optimizer.get_grad_norm())
+            if not math.isfinite(norm):
+                return norm
+            for part in self.optimizer.chained_optimizers:
+                if part.config.clip_grad > 0:
+                    clip_grad_by_total_norm_fp32(part.get_parameters(), part.config.clip_grad, norm)
+            self.optimizer.step_with_ready_grads()
+        return norm
+
+    def _forward(
+        self, batches: Iterator[tuple[int, MicroBatch]], module: nn.Module
+    ) -> tuple[Tensor, Callable[[Tensor], Any]]:
+        number, batch = next(batches)
+        inputs = stage_inputs(batch, self.device)
+        with collect() if self.observes and number == 0 else nullcontext() as records:
+            if self.carried is None:
+                losses = module(*inputs)
+            else:
+                losses, self.carried[number] = module(*inputs, self.carried[number])
+        self._records = self._records or records
 
         def mean(losses: Tensor) -> tuple[Tensor, Tensor]:
             loss = losses.mean()
             return loss, loss.detach().clone()  # the schedule divides the first in place
 
-        return module(tokens, targets), mean
+        return losses, mean
 
     def sharded_state(self, is_loading: bool = False) -> dict[str, Any]:
-        """Model and optimizer as this rank's part of a sharded checkpoint."""
+        """Model, optimizer and carried state as this rank's part of a sharded checkpoint."""
         model = self.stage.sharded_state_dict()
-        return {"model": model, "optimizer": optimizer_sharded_state(self.optimizer, model, is_loading)}
+        state = {"model": model, "optimizer": optimizer_sharded_state(self.optimizer, model, is_loading)}
+        if self.carried is not None:
+            state["carried"] = self.carried.sharded_state()
+        return state
 
     def load(self, loaded: dict[str, Any], step: int) -> None:
         """Continue after `step` from a loaded `sharded_state`."""
         self.stage.load_parameters(loaded["model"])
+        if self.carried is not None:
+            self.carried.load(loaded["carried"])
         # The checkpoint's groups bring their settings along; those of this start's configuration count.
         kept = ("max_lr", "min_lr", "betas", "eps")
         settings = [{key: group[key] for key in kept} for group in self.optimizer.param_groups]

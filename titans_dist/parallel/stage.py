@@ -14,12 +14,15 @@ from megatron.core.utils import make_sharded_tensor_for_checkpoint, make_tp_shar
 from torch import Tensor, nn
 
 from titans_dist.config import Config
-from titans_dist.model import LanguageModel
+from titans_dist.model import LanguageModel, ModelState
 from titans_dist.parallel.tensor import build_parallel
 
 
 class Stage(MegatronModule):
-    """The language model with its loss: tokens and targets (B, T) -> loss of every token (B, T), float32, in nats."""
+    """The language model with its loss: tokens and targets (B, T) -> loss of every token (B, T), float32, in nats.
+
+    With a state, what the model needs to go on after these tokens is returned too: (losses, state).
+    """
 
     pre_process = post_process = True
     share_embeddings_and_output_weights = False  # tied inside the model: nothing to sum between pipeline stages
@@ -33,8 +36,13 @@ class Stage(MegatronModule):
     def set_input_tensor(self, tensor: Tensor | None) -> None:
         """Activations of the stage before; there is only one stage."""
 
-    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        return vocab_parallel_cross_entropy(self.model(tokens).float(), targets)
+    def forward(
+        self, tokens: Tensor, targets: Tensor, starts: Tensor | None = None, state: ModelState | None = None
+    ) -> Tensor | tuple[Tensor, ModelState]:
+        if state is None:
+            return vocab_parallel_cross_entropy(self.model(tokens, starts=starts).float(), targets)
+        logits, after = self.model(tokens, state=state, starts=starts)
+        return vocab_parallel_cross_entropy(logits.float(), targets), after
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
@@ -59,10 +67,11 @@ class Stage(MegatronModule):
 MicroBatch = dict[str, Tensor]
 
 
-def inputs_and_targets(batch: MicroBatch, device: torch.device) -> tuple[Tensor, Tensor]:
-    """`tokens` (b, T + 1) -> inputs and targets, both (b, T), on `device`."""
-    tokens = batch["tokens"].to(device, non_blocking=True)
-    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+def stage_inputs(batch: MicroBatch, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`tokens` (b, T + 1) -> inputs and targets, both (b, T), and `starts` (b, T) where there are, on `device`."""
+    tokens, starts = batch["tokens"].to(device, non_blocking=True), batch.get("starts")
+    starts = None if starts is None else starts.to(device, non_blocking=True)
+    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), starts
 
 
 def build_stage(config: Config, device: torch.device) -> tuple[Stage, nn.Module]:

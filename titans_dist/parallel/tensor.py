@@ -90,11 +90,15 @@ def build_parallel(model: LanguageModel, config: ModelParallelConfig, group: Pro
             made.sequence_parallel = True  # type: ignore[attr-defined]
         path, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(path), leaf, made)
+    for name, constant in list(model.named_buffers()):
+        if name in axes:
+            path, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(path), leaf, constant.chunk(size, axes[name])[rank].clone())
     model.tie_embeddings()
 
 
 def _axes(model: LanguageModel) -> dict[str, int]:
-    """The split dimension of every parameter that has one, by the parameter's name."""
+    """The split dimension of every parameter and buffer that has one, by its name."""
     axes = {}
     for path, module, child, kind in planned(model):
         prefix, target = f"{path}.{child}".lstrip("."), getattr(module, child)

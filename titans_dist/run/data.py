@@ -24,7 +24,7 @@ def open_rows(config: Config, split: str) -> TokenDataset:
             f"the data has {source.vocab_size} token ids but model.vocab_size={config.model.vocab_size}; "
             f"use model.vocab_size={-(-source.vocab_size // 64) * 64} or data of a smaller vocabulary"
         )
-    return TokenDataset(source, config.data.sequence_length)
+    return TokenDataset(source, config.data.sequence_length, packed=config.data.documents == "packed")
 
 
 def open_source(config: Config, split: str) -> TokenSource:
@@ -36,7 +36,7 @@ def open_source(config: Config, split: str) -> TokenSource:
         return titans_data.MdsSource(data.path, split)
     whole: TokenSource
     if data.format == "tokens":
-        whole = titans_data.TokenFileSource(data.path, data.dtype, data.vocab_size)
+        whole = titans_data.TokenFileSource(data.path, data.dtype, data.vocab_size, data.end_of_document)
     else:
         whole = titans_data.SyntheticSource(data.vocab_size, data.synthetic_tokens, data.seed)
     held_out = int(whole.num_tokens * data.validation_fraction)

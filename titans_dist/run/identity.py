@@ -8,14 +8,21 @@ from typing import Any
 from titans_dist.config import CheckpointError, Config
 
 # What may not change between two starts of one run: it would be another model or another order of the data.
-IDENTITY = ("model", "data.sequence_length", "data.seed", "training.seed", "training.global_batch_size")
+IDENTITY = (
+    *("model", "data.sequence_length", "data.documents", "data.seed"),
+    *("training.seed", "training.global_batch_size", "training.carry_state"),
+)
+# What says how the model is computed, or only helped to work out its width.
+FREE = ("model.memory.recompute", "model.memory.state_grad_clip", "model.parameters")
 
 
 def identity(config: Config, fingerprint: str) -> dict[str, Any]:
-    """Key -> value of everything that makes two starts the same run."""
+    """Key -> value of everything that makes two starts the same run, with the model's defaults worked out."""
     flat = _flatten(dataclasses.asdict(config))
+    flat["model.intermediate_size"] = config.model.mlp_size
+    flat |= {f"model.memory.{name}": value for name, value in config.model.memory.spec_fields().items()}
     keys = [key for key in flat if any(key == name or key.startswith(name + ".") for name in IDENTITY)]
-    return {key: flat[key] for key in keys} | {"data fingerprint": fingerprint}
+    return {key: flat[key] for key in keys if key not in FREE} | {"data fingerprint": fingerprint}
 
 
 def check_identity(saved: dict[str, Any], now: dict[str, Any], run_dir: str) -> None:

@@ -1,8 +1,10 @@
 """metrics.jsonl: one JSON object per line, appended, complete up to the last line whatever kills the process.
 
-Every row has `kind` ("train", "event" or "evaluation"), `step` and `time` (Unix seconds). A "train" row has the fields
-of StepRow; an "event" row has `name`. JSON knows no NaN and no infinity: they are written as the strings "nan", "inf"
-and "-inf", and read back as floats. A restarted run appends, so a step may come twice; the later row counts.
+Every row has `kind` ("train", "memory", "event" or "evaluation"), `step` and `time` (Unix seconds). A "train" row has
+the fields of StepRow; an "event" row has `name`; a "memory" row has `layers`: for each neural memory what
+`titans_dist.layers.telemetry` says of it, on rank 0's first micro-batch of the step and its share of the heads. JSON
+knows no NaN and no infinity: they are written as the strings "nan", "inf" and "-inf", and read back as floats. A
+restarted run appends, so a step may come twice; the later row counts.
 """
 
 from __future__ import annotations
@@ -97,8 +99,12 @@ def losses(path: Path | str) -> dict[int, float]:
 
 
 def _to_json(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _to_json(item) for key, item in value.items()}
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _from_json(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _from_json(item) for key, item in value.items()}
     return _NON_FINITE.get(value, value) if isinstance(value, str) else value

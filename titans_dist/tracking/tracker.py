@@ -46,6 +46,13 @@ class Tracker:
         if self._wandb is not None:
             self._wandb.log({key if key in ("step", "tokens") else f"train/{key}": fields[key] for key in fields})
 
+    def memories(self, step: int, layers: dict[str, dict[str, Any]]) -> None:
+        """Record how the neural memories were doing in `step`: what `titans_dist.layers.telemetry` found, by layer."""
+        self._write("memory", step, {"layers": layers})
+        if self._wandb is not None:
+            flat = {f"memory/{path}/{name}": x for path, found in layers.items() for name, x in found.items()}
+            self._wandb.log({"step": step, "tokens": self._tokens} | {k: x for k, x in flat.items() if x is not None})
+
     def event(self, name: str, **fields: Any) -> None:
         """Record something that happened beside the steps; `step` is the latest step unless given."""
         fields.setdefault("step", self._step)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from titans_dist.config import Config
 from titans_dist.tracking.console import warn
@@ -22,9 +25,9 @@ class WandbSink:
         self._guarded("start", lambda: self._start(run_dir, config))
 
     def log(self, fields: dict[str, Any]) -> None:
-        """Send one row; `fields` holds `tokens`, the x-axis."""
+        """Send one row; `fields` holds `tokens`, the x-axis. A field that is a dict is a histogram: see telemetry."""
         if self._run is not None:
-            self._guarded("log", lambda: self._run.log(fields))
+            self._guarded("log", lambda: self._run.log({key: _histogram(value) for key, value in fields.items()}))
 
     def close(self) -> None:
         """Finish the upload."""
@@ -61,3 +64,15 @@ class WandbSink:
                 f"wandb could not {what} ({type(error).__name__}: {reason[0]}); going on with metrics.jsonl only. "
                 "WANDB_MODE=offline needs no network, tracking=console no wandb"
             )
+
+
+def _histogram(value: Any) -> Any:
+    """A wandb.Histogram of {"low", "high", "counts"}, None where those are not finite; anything else as it is."""
+    if not isinstance(value, dict):
+        return value
+    if not math.isfinite(value["low"] + value["high"]):
+        return None
+    import wandb
+
+    counts = np.array(value["counts"])
+    return wandb.Histogram(np_histogram=(counts, np.linspace(value["low"], value["high"], len(counts) + 1)))

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from titans_data import BatchSchedule, batches
+from titans_data import BatchSchedule, StreamSchedule, batches
 from titans_dist.checkpoint.sharded import load, newest_valid, save
 from titans_dist.checkpoint.store import Store
 from titans_dist.config import Config, HealthError, Interrupted, UserError
@@ -58,7 +58,8 @@ class Training:
             self._say(f"{self.config.run_dir} is done: {done} of {training.steps} steps")
             return
         self._start(resumed, wandb_id)
-        schedule = BatchSchedule(len(self.rows), training.global_batch_size, self.config.data.seed)
+        order = StreamSchedule if training.carry_state else BatchSchedule
+        schedule = order(len(self.rows), training.global_batch_size, self.config.data.seed)
         steps = batches(
             self.rows,
             schedule,
@@ -95,9 +96,10 @@ class Training:
         started = time.perf_counter()
         index, micro_batches = next(steps)
         waited = time.perf_counter() - started
+        done, interval = index + 1, self.config.tracking.memory_interval
+        self.engine.observes = self.main and interval > 0 and done % interval == 0
         result = self.engine.step(micro_batches)
         seconds = time.perf_counter() - started
-        done = index + 1
         tokens = self.config.training.global_batch_size * self.config.data.sequence_length
         if self.tracker is not None:
             self.tracker.step(
@@ -113,10 +115,13 @@ class Training:
                     memory_bytes=self._memory_bytes(),
                 )
             )
+            if result.memories:
+                self.tracker.memories(done, result.memories)
         if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
             raise HealthError(
-                f"step {done} gave loss {result.loss} and gradient norm {result.grad_norm}; the last checkpoint is "
-                "sound: start again with a smaller optimizer.lr"
+                f"step {done} gave loss {result.loss} and gradient norm {result.grad_norm}: "
+                f"{self.engine.culprit(micro_batches)}; the last checkpoint is sound: start again with a smaller "
+                "optimizer.lr"
             )
         return done
 

@@ -1,0 +1,100 @@
+"""Which part of the model first gave a number that is not finite. Looked for only once a step has failed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+def find_culprit(model: nn.Module, forward: Callable[[], object]) -> str:
+    """A sentence that names it, the same on every rank. Collective: `forward` runs `model` as the failed step did.
+
+    Every rank runs all of it, whatever it finds, because the modules communicate. Of what the ranks find, the earliest
+    counts. The gradients must still be those of the failed step.
+    """
+    found = _agreed(_first_output(model, forward))
+    if found is not None:
+        return f"the first output that is not finite is that of {found}"
+    found = _agreed(_first_gradient(model))
+    if found is not None:
+        return f"every output is finite; backward from the loss, the first gradient that is not is that of {found}"
+    return f"every output and every gradient is finite; the largest gradient is that of {_largest_gradient(model)}"
+
+
+def _first_output(model: nn.Module, forward: Callable[[], object]) -> tuple[int, str] | None:
+    """The number and the path of the first call that returns something not finite; a part returns before its whole."""
+    calls = 0
+    found: list[tuple[int, str]] = []
+
+    def hook(path: str) -> Callable[[nn.Module, Any, Any], None]:
+        def look(module: nn.Module, inputs: Any, output: Any) -> None:
+            nonlocal calls
+            calls += 1
+            if not found and not all(bool(x.isfinite().all()) for x in _tensors(output)):
+                found.append((calls, path or "the model"))
+
+        return look
+
+    hooks = [module.register_forward_hook(hook(path)) for path, module in model.named_modules()]
+    try:
+        with torch.no_grad():
+            forward()
+    finally:
+        for handle in hooks:
+            handle.remove()
+    return found[0] if found else None
+
+
+def _first_gradient(model: nn.Module) -> tuple[int, str] | None:
+    """The last parameter, in the order of the forward pass, whose gradient is not finite: backward comes there first."""
+    named = list(model.named_parameters())
+    for number, (path, value) in enumerate(reversed(named)):
+        if not _gradient(value).isfinite().all():
+            return number, path
+    return None
+
+
+def _largest_gradient(model: nn.Module) -> str:
+    """Of all ranks, with its size."""
+    sizes = [(float(_gradient(value).abs().max()), path) for path, value in model.named_parameters()]
+    size, path = max(_gathered(max(sizes)))
+    return f"{path} ({size:.1e})"
+
+
+def _gradient(value: nn.Parameter) -> Tensor:
+    """Where megatron-core collects it."""
+    return value.main_grad  # type: ignore[attr-defined]
+
+
+def _agreed(found: tuple[int, str] | None) -> str | None:
+    """What comes first of what all ranks have found, and where, if not on all of them."""
+    places = _gathered(found)
+    if not any(places):
+        return None
+    first = min(place for place in places if place is not None)
+    everywhere = all(place == first for place in places)
+    return first[1] if everywhere else f"{first[1]} in process {places.index(first)}"
+
+
+def _gathered(value: Any) -> list[Any]:
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors of floating point numbers in an output: a tensor, or a tuple, list or dataclass of outputs."""
+    if isinstance(value, Tensor):
+        if value.is_floating_point():
+            yield value
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)
+    elif dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            yield from _tensors(getattr(value, field.name))
