@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.installed
 
-.PHONY: help train test lint clean
+.PHONY: help train test lint recall clean
 help:  ## What can be made
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
 
@@ -13,6 +13,9 @@ train: $(READY)  ## Train a small Titans model: prepare, train, kill, resume, ev
 
 test: $(READY) lint  ## Check the code and run the whole test suite
 	$(BIN)/python -m pytest
+
+recall: $(READY)  ## Which models recall what lies beyond the reach of attention: a table and a plot, 30 minutes at most
+	$(BIN)/python benchmarks/recall.py
 
 lint: $(READY)  ## Format, style, types and import contracts
 	$(BIN)/ruff format --check .

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from titans_dist.config import MemoryConfig, ModelConfig
-from titans_dist.memory import MemorySpec, neural_memory
 from titans_dist.layers.mixers import build_mixer
 from titans_dist.layers.parameter import Parameter, initial_value
+from titans_dist.memory import MemorySpec, neural_memory
 
 Call = Callable[[], object]
 LENGTHS = (2048, 4096, 8192, 16384)
@@ -279,7 +279,7 @@ def point(args: argparse.Namespace) -> None:
 
 
 def peak_bytes(call: Call) -> int:
-    """Most bytes of tensors alive at once during `call` on the CPU, beyond those alive before, from torch's profiler."""
+    """Most bytes of new tensors alive at once during `call` on the CPU, from torch's profiler."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         call()
     alive = peak = 0

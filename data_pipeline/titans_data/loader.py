@@ -87,8 +87,9 @@ def batches(
 
     Rank `rank` of `world` data-parallel ranks gets its consecutive slice of each global batch, cut into micro-batches
     of `tokens` int64 (micro_batch, T + 1), `documents` int32 (micro_batch, T + 1) and, of a packed dataset, `starts`
-    bool (micro_batch, T). The slices of all ranks in rank order are the global batch, whatever `world` is. With `workers` processes, each reads `prefetch` micro-batches
-    ahead. The global random state of torch is neither read nor moved.
+    bool (micro_batch, T). The slices of all ranks in rank order are the global batch, whatever `world` is. With
+    `workers` processes, each reads `prefetch` micro-batches ahead. The global random state of torch is neither read
+    nor moved.
 
     Raises DataError when the global batch does not divide evenly, the schedule is of another dataset, or while
     iterating when the source cannot be read.
@@ -176,7 +177,8 @@ def evaluation_batches(
     """Yield this rank's share of every row, once, in order.
 
     All ranks get the same number of micro-batches, as collectives need, each of full size: rows that only fill up are
-    copies of row 0 marked in `valid` bool (micro_batch,). The rest is as in `batches`. With `limit_rows`, that many rows evenly spaced over the data stand for all.
+    copies of row 0 marked in `valid` bool (micro_batch,). The rest is as in `batches`. With `limit_rows`, that many
+    rows evenly spaced over the data stand for all.
 
     Raises DataError when a setting cannot be, or while iterating when the source cannot be read.
     """

@@ -40,6 +40,11 @@ def runnable() -> list[str]:
     return [line for line in commands() if "titans" in line]
 
 
+def programs() -> list[str]:
+    """The README's Python blocks."""
+    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A user's folder: the corpora that the README's commands name."""
@@ -62,8 +67,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_readme_has_the_two_commands_and_the_examples() -> None:
-    assert [line for line in commands() if line.startswith("make")] == ["make train", "make test"]
+    assert [line for line in commands() if line.startswith("make")] == ["make train", "make test", "make recall"]
     assert len(runnable()) >= 10
+    assert len(programs()) >= 2
+
+
+@pytest.mark.parametrize("program", programs())
+def test_a_program_of_the_readme_runs(program: str, tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("line", runnable())

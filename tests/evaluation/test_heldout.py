@@ -172,4 +172,4 @@ def test_a_run_without_a_checkpoint_is_refused(trained: Trained) -> None:
 def test_another_model_than_that_of_the_checkpoint_is_refused(trained: Trained) -> None:
     code, line = refusal(trained.home, *EVALUATE, *TENSOR_2, "model.hidden_size=64", "name=run", world=2)
     assert code == 4
-    assert "holds another run: model.hidden_size=64 (it was 32); " in line
+    assert "holds another run: model.hidden_size=64 (it was 32), " in line

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -60,7 +62,7 @@ def test_documents_are_convolved_each_by_itself(kernel: int, starts: list[bool],
     begin, past = (torch.randn(1, kernel - 1, 3, dtype=torch.float64) for _ in range(2))
     firsts = [0, *(t for t in range(length) if starts[t]), length]
     parts = []
-    for first, last in zip(firsts[:-1], firsts[1:], strict=True):
+    for first, last in pairwise(firsts):
         if last > first:
             before = past if first == 0 and not starts[0] else begin
             parts.append(by_hand(layer, before[0], x[0, first:last]))

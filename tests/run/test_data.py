@@ -46,6 +46,13 @@ def test_the_rows_of_the_splits_share_no_token(token_file: DataConfig) -> None:
     assert (len(train), len(validation)) == (902 // 16, 99 // 16)
 
 
+def test_packed_rows_of_a_token_file_know_its_documents(token_file: DataConfig) -> None:
+    assert "starts" not in open_rows(configured(token_file), "train")[0]
+    token_file.documents, token_file.end_of_document = "packed", 20
+    starts = open_rows(configured(token_file), "train").row(1, continues=True)["starts"]
+    assert starts.nonzero().flatten().tolist() == [21 - 16]
+
+
 def test_of_synthetic_tokens_the_end_is_held_out_too() -> None:
     data = DataConfig(format="synthetic", path="", vocab_size=97, synthetic_tokens=TOKENS, validation_fraction=0.25)
     config = configured(data)

@@ -159,3 +159,15 @@ def test_a_run_folder_that_cannot_be_made_does_not_stop_training(
     tracker.step(row(2))
     tracker.close()
     assert capsys.readouterr().err.count("warning: ") == 1
+
+
+def test_memory_rows_hold_their_layers_and_survive_numbers_that_json_lacks(tmp_path: Path) -> None:
+    tracker = Tracker(tmp_path, config())
+    gate = {"low": 0.1, "high": math.nan, "counts": [3, 1]}
+    layer = {"surprise_before": 1.5, "surprise_after": math.inf, "s_norm": None, "alpha": gate}
+    tracker.memories(10, {"blocks.0.mixer.memory": layer})
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert "NaN" not in text and "Infinity" not in text
+    (row,) = read_metrics(tmp_path / "metrics.jsonl")
+    assert (row["kind"], row["step"]) == ("memory", 10)
+    assert repr(row["layers"]) == repr({"blocks.0.mixer.memory": layer})

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import json
 import struct
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -82,12 +84,22 @@ def test_an_offline_run_goes_on_under_its_id_after_a_restart(
     assert second.wandb_id == run_id
     second.step(row(3))
     second.evaluation({"loss": 2.0, "checkpoint": "a path"})
+    gate, spoiled = ({"low": 0.0, "high": high, "counts": [1, 3]} for high in (0.5, float("nan")))
+    second.memories(3, {"blocks.0": {"w_norm": 7.0, "s_norm": None, "alpha": gate, "eta": None, "theta": spoiled}})
     second.close()
 
-    rows, metrics, keys = read_offline(tmp_path, run_id)
+    deadline = time.monotonic() + 20
+    while len((found := read_offline(tmp_path, run_id))[0]) < 5 and time.monotonic() < deadline:
+        time.sleep(0.05)  # wandb's service writes the last records of an offline run after `finish` has returned
+    rows, metrics, keys = found
     assert [float(found["train/loss"]) for found in rows if "train/loss" in found] == [8.0, 4.0, 8 / 3]
-    assert [int(found["tokens"]) for found in rows] == [4096, 8192, 12288, 12288]
+    assert [int(found["tokens"]) for found in rows] == [4096, 8192, 12288, 12288, 12288]
     assert [float(found["evaluation/loss"]) for found in rows if "evaluation/loss" in found] == [2.0]
+    (memory,) = [found for found in rows if "memory/blocks.0/w_norm" in found]
+    assert float(memory["memory/blocks.0/w_norm"]) == 7.0
+    assert "memory/blocks.0/s_norm" not in memory
+    histogram = {key: json.loads(memory[f"memory/blocks.0/alpha.{key}"]) for key in ("_type", "bins", "values")}
+    assert histogram == {"_type": "histogram", "bins": [0.0, 0.25, 0.5], "values": [1, 3]}
     assert any(metric.glob_name == "*" and metric.step_metric == "tokens" for metric in metrics)
     assert {"model", "training", "optimizer"} <= keys
     assert losses(tmp_path / "metrics.jsonl") == {1: 8.0, 2: 4.0, 3: 8 / 3}

@@ -117,7 +117,7 @@ def test_held_out_text_is_scored_as_one_pass_over_the_stream(
 
 @torch.no_grad()
 def one_pass(run: Run, tokens: np.ndarray, documents: np.ndarray, count: int) -> float:
-    """Mean loss of the first `count` targets under the model of the last checkpoint, which reads all documents whole."""
+    """Mean loss of the first `count` targets: the last checkpoint's model reads the stream once, documents apart."""
     model = build_model(
         ModelConfig(
             vocab_size=320,

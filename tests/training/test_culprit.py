@@ -98,13 +98,12 @@ def test_a_failed_step_changes_no_parameter() -> None:
         micro_batches = [{"tokens": rows(0)}]
         engine.step(micro_batches)
         before = [value.detach().clone() for value in engine.stage.model.parameters()]
-        moments = engine.optimizer.state_dict()
         hook = engine.stage.model.embedding.register_forward_hook(lambda module, inputs, y: y * math.nan)
         assert math.isnan(engine.step(micro_batches).grad_norm)
         assert all(map(torch.equal, before, engine.stage.model.parameters()))
         hook.remove()
-        assert moments is not None
-        return math.isfinite(engine.step(micro_batches).grad_norm)
+        engine.step(micro_batches)  # goes on from moments that are as sound as the parameters
+        return all(value.isfinite().all() for value in engine.stage.model.parameters())
 
     from tests.distributed import run_distributed
 

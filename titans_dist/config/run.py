@@ -123,7 +123,7 @@ class EvaluationConfig:
     """Held-out evaluation."""
 
     max_sequences: int | None = None
-    """Held-out sequences to read; unset: all, each exactly once."""
+    """Held-out sequences to read, spread over the text, or with training.carry_state its first. Unset: all, once."""
     micro_batch_size: int = 16
     """Sequences per forward pass of one model copy, >= 1."""
 

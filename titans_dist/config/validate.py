@@ -62,6 +62,14 @@ def _parallel(config: Config) -> None:
             f"data.sequence_length={config.data.sequence_length} cannot be split over parallel.tensor={tensor}; "
             f"use {nearest_multiple(config.data.sequence_length, tensor)} or parallel.sequence=false"
         )
+    # What the variant sums over processes inside a block is split along the sequence too.
+    inner = {"mac": ("segment_length", model.segment_length), "mal": ("persistent_tokens", model.persistent_tokens)}
+    key, value = inner.get(model.variant, ("", 0))
+    if tensor > 1 and config.parallel.sequence and value % tensor:
+        raise ConfigError(
+            f"model.{key}={value} cannot be split over parallel.tensor={tensor} with model.variant={model.variant}; "
+            f"use {nearest_multiple(value, tensor)} or parallel.sequence=false"
+        )
 
 
 def _optimizer(config: Config) -> None:

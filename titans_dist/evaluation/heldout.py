@@ -25,7 +25,8 @@ def evaluate(config: Config) -> dict[str, Any]:
 
     Losses are in nats per token. Bits per byte count the bytes of the text itself: end-of-document tokens are
     predicted, and paid for, but have no bytes. The model sees what it saw in training: sequences for themselves, or
-    with training.carry_state every sequence after all of its document that came before it. Raises CheckpointError where the run has no checkpoint.
+    with training.carry_state every sequence after all of its document that came before it. Raises CheckpointError
+    where the run has no checkpoint.
     """
     started = time.perf_counter()
     with processes(config) as device:

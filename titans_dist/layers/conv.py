@@ -6,7 +6,6 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from titans_dist.layers.parameter import parameter, uniform
 
@@ -27,24 +26,26 @@ class CausalConv(nn.Module):
 
         starts (B, T): tokens that begin a document; before it lies `begin` (1, kernel - 1, C) instead of other tokens.
         """
-        channels, kernel = self.weight.shape
+        kernel, length = self.weight.shape[1], x.shape[1]
+        reach = kernel - 1
         whole = torch.cat([past.expand(x.shape[0], -1, -1), x], 1)
-        length, reach = x.shape[1], kernel - 1
-        if starts is None:
-            y = F.conv1d(whole.mT, self.weight.unsqueeze(1), groups=channels).mT
-            return y, whole[:, length:]
-        assert begin is not None
-        since = _tokens_since_start(starts, reach)
+        since = None if starts is None else _tokens_since_start(starts, reach)
 
         def back(steps: int, first: int, last: int) -> Tensor:
             """What tokens `first` up to `last` have `steps` tokens before them."""
-            age = since[:, first:last]
-            other = begin[0][(reach + age - steps).clamp(0, max(reach - 1, 0))] if steps else None
             own = whole[:, reach + first - steps : reach + last - steps]
-            return own if other is None else torch.where((age < steps).unsqueeze(-1), other, own)
+            if since is None:
+                return own
+            assert begin is not None
+            age = since[:, first:last]
+            other = begin[0][(reach + age - steps).clamp(0, reach - 1)]
+            return torch.where((age < steps).unsqueeze(-1), other, own)
 
-        y = sum((back(j, 0, length) * self.weight[:, reach - j] for j in range(1, kernel)), x * self.weight[:, reach])
-        return y, torch.cat([back(j, length, length + 1) for j in range(reach, 0, -1)] or [whole[:, length:]], 1)
+        y = x * self.weight[:, reach]  # sums of shifted sequences: twice as fast as conv1d on CPUs
+        for steps in range(1, kernel):
+            y = torch.addcmul(y, back(steps, 0, length), self.weight[:, reach - steps])
+        tail = [back(steps, length, length + 1) for steps in range(reach, 0, -1)]
+        return y, torch.cat(tail, 1) if tail else past.expand(x.shape[0], -1, -1)
 
     def no_past(self) -> Tensor:
         """Zeros (1, kernel - 1, C), as the past of the very first token."""

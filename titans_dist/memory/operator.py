@@ -65,11 +65,11 @@ def neural_memory(
     _check(q, k, v, spec, weights, alpha, eta, theta, delta, norm, starts, chunk_size, read, backend)
     accumulate = torch.promote_types(q.dtype, torch.float32)
     batch = q.shape[0]
-    begin = initial_state(spec, weights, batch) if start is None else start
+    begin = initial_state(spec, [w.to(accumulate) for w in weights], batch) if start is None else start
     for name, given in (("start", start), ("state", state)):
         if given is not None:
             _check_state(name, given, spec, q, chunk_size)
-    begin, now = (x.map(lambda t: t.to(accumulate)) for x in (begin, begin if state is None else state))
+    now = begin if state is None else state
 
     def precise(x: Tensor | None) -> Tensor | None:
         return None if x is None else x.to(accumulate)
@@ -200,17 +200,26 @@ def _why(spec: MemorySpec, gate: str) -> str:
 def _check_state(name: str, state: MemoryState, spec: MemorySpec, q: Tensor, chunk_size: int) -> None:
     batch, _, heads, dim = q.shape
     expected = [(batch, heads, *shape) for shape in spec.shapes(dim)]
-    found = [tuple(x.shape) for x in state.weights]
-    if found != expected:
-        raise ValueError(f"{name} has weights of shapes {found}; q and the spec ask for {expected}")
-    if len(state.momentum) != (spec.depth if spec.momentum else 0):
-        raise ValueError(
-            f"{name} has {len(state.momentum)} momentum tensors; a memory of depth {spec.depth} with "
-            f"momentum={spec.momentum} has {spec.depth if spec.momentum else 0}"
-        )
+    is_inside = state.position != 0
+    for part, tensors, needed in (
+        ("weights", state.weights, True),
+        ("momentum", state.momentum, spec.momentum),
+        ("anchor", state.anchor, is_inside),
+    ):
+        found, asked = [tuple(x.shape) for x in tensors], expected if needed else []
+        if found != asked:
+            raise ValueError(f"{name} has {part} of shapes {found}; q and the spec ask for {asked}")
+    accumulate = torch.promote_types(q.dtype, torch.float32)
+    for x in (*state.weights, *state.momentum, *state.anchor):
+        if x.dtype != accumulate:
+            raise ValueError(f"{name} is of {x.dtype}; inputs of {q.dtype} need a state of {accumulate}")
     if not 0 <= state.position < chunk_size:
         raise ValueError(
             f"{name} is at token {state.position} of a chunk; chunk_size={chunk_size} is not the one it was made with"
         )
-    if name == "start" and state.position:
+    if is_inside and (state.kept is None or tuple(state.kept.shape) != (batch, heads)):
+        raise ValueError(
+            f"{name} is inside a chunk but has no `kept` of shape {(batch, heads)}; pass it on as returned"
+        )
+    if name == "start" and is_inside:
         raise ValueError("start is inside a chunk; a document begins at a chunk's border")

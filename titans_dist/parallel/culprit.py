@@ -51,7 +51,7 @@ def _first_output(model: nn.Module, forward: Callable[[], object]) -> tuple[int,
 
 
 def _first_gradient(model: nn.Module) -> tuple[int, str] | None:
-    """The last parameter, in the order of the forward pass, whose gradient is not finite: backward comes there first."""
+    """The last parameter in the order of the forward pass whose gradient is not finite: backward was there first."""
     named = list(model.named_parameters())
     for number, (path, value) in enumerate(reversed(named)):
         if not _gradient(value).isfinite().all():

@@ -1,0 +1,34 @@
+"""A stream of a million tokens: constant memory, finite numbers, a state that has not grown."""
+
+from __future__ import annotations
+
+import psutil
+import pytest
+import torch
+
+from tests.model.models import config
+from titans_dist.model import build_model, flatten
+
+CALL, CALLS = 16_384, 62
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["mag", "mac"])
+@torch.inference_mode()
+def test_a_million_tokens_in_constant_memory(variant: str) -> None:
+    """float32: nothing may depend on positions that it cannot tell apart."""
+    settings = config(variant, {"chunk_size": 128, "depth": 1}, num_layers=1, hidden_size=8, window=64)
+    settings.segment_length = 256
+    model = build_model(settings, seed=0)
+    state = model.initial_state(1)
+    sizes = {name: x.shape for name, x in flatten(state).items()}
+    process, resident = psutil.Process(), []
+    for call in range(CALLS):
+        tokens = torch.randint(0, 32, (1, CALL), generator=torch.Generator().manual_seed(call))
+        logits, state = model(tokens, state=state)
+        resident.append(process.memory_info().rss)
+    assert CALL * CALLS > 1_000_000
+    assert logits.isfinite().all()
+    assert {name: x.shape for name, x in flatten(state).items()} == sizes
+    settled = max(resident[: CALLS // 4])
+    assert max(resident) < settled + 20e6  # the keys and values of a million tokens would be 64 MB
