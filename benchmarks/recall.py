@@ -3,7 +3,7 @@
 The task is that of `recall_task`. Every model sees the same sequences, in the same order, with the same optimizer; a
 worker process trains one model at a time on one thread. Writes recall.md, recall.json and recall.png.
 
-    python benchmarks/recall.py [--models lmm,mac,...] [--seeds 2] [--steps 800] [--workers 2] [--out runs/recall]
+    python benchmarks/recall.py [--models lmm,mac,...] [--seeds 3] [--steps 600] [--workers 2] [--out runs/recall]
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ POINTS = 20  # of the curve of accuracy over tokens
 class Training:
     """The optimizer's settings, the same for every model."""
 
-    steps: int = 800
+    steps: int = 600
     batch: int = 32
-    lr: float = 4e-3
+    lr: float = 5e-3
     warmup: int = 100
     weight_decay: float = 0.1
     clip: float = 1.0

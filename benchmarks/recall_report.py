@@ -1,4 +1,4 @@
-"""The results of `recall`: a table on the console and in recall.md, every number in recall.json, curves in recall.png."""
+"""The results of `recall`: a table on the console and in recall.md, numbers in recall.json, curves in recall.png."""
 
 from __future__ import annotations
 

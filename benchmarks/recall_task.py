@@ -6,7 +6,7 @@
 Pairs are new in every sequence, so nothing can be learned by heart. At each query the model is to name the value that
 stood beside that key; no value appears after the pairs, so there is nothing nearer to copy. From every pair to every
 query it is farther than what all layers' windows, segments and convolutions reach together: only a memory, or full
-attention, can carry it. Values are drawn one by one, with replacement: who knows nothing is right 1 / values of the time.
+attention, can carry it. Values are drawn with replacement: who knows nothing is right 1 / values of the time.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ def reach() -> int:
     return LAYERS * (WINDOW - 1 + 2 * (CONV_KERNEL - 1))
 
 
-# A token's pair must be written in one go: theta may become larger than the default, which is meant for chunks whose
-# keys are alike.
+# A pair is shown once and must be written at once: theta may grow beyond the default, which is safe for chunks of equal
+# keys too.
 _TITANS = {
     "persistent_tokens": 4,
     "memory": {"preset": "titans", "expansion": 2, "chunk_size": CHUNK, "theta_max": 1.6 / CHUNK, "recompute": False},
@@ -105,7 +105,8 @@ def model_config(variant: str, task: Task) -> ModelConfig:
         window=WINDOW,
         segment_length=WINDOW,
         conv_kernel=CONV_KERNEL,
-        init_std=0.1,  # about hidden_size^-0.5, halved: the default is meant for wide models
+        init_std=0.05,  # the default is meant for wide models
+        tie_embeddings=False,  # else attention takes longer to see which token was beside which
         rope_theta=100.0,  # sequences are short
         intermediate_size=1,
         **MODELS[variant][1],

@@ -105,6 +105,21 @@ def test_the_sentence_names_key_value_and_mend(changes: dict[str, Any], message:
         ({"parallel__tensor": 3}, "parallel__tensor", 2),
         ({"parallel__tensor": 8}, "parallel__tensor", 4),
         ({"parallel__tensor": 4, "data__sequence_length": 255}, "data__sequence_length", 256),
+        (
+            {
+                "model__variant": "mac",
+                "model__segment_length": 66,
+                "model__memory__chunk_size": 2,
+                "parallel__tensor": 4,
+            },
+            "model__segment_length",
+            64,
+        ),
+        (
+            {"model__variant": "mal", "model__persistent_tokens": 7, "parallel__tensor": 4},
+            "model__persistent_tokens",
+            8,
+        ),
         ({"model__variant": "mac", "model__segment_length": 100}, "model__segment_length", 128),
         ({"model__variant": "mac", "model__segment_length": 10}, "model__segment_length", 64),
         (TNT | {"model__memory__shard_size": 100}, "model__memory__shard_size", 128),

@@ -94,6 +94,21 @@ def test_parameters_without_a_gradient_are_named() -> None:
     assert failed(models.HasDeadParameter()) == {"gradient flow": "no gradient: unused, silenced"}
 
 
+def test_layers_that_start_at_zero_are_no_dead_ends() -> None:
+    class Residual(models.Sound):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(models.WIDTH, models.WIDTH)
+            self.scale = nn.Parameter(torch.zeros(models.WIDTH))
+
+        def mixed(self, x: Tensor) -> Tensor:
+            return x + self.scale * torch.tanh(self.inner(x))
+
+    model = Residual()
+    assert failed(model) == {}
+    assert not model.scale.any()
+
+
 def test_a_frozen_parameter_is_not_expected_to_learn() -> None:
     model = models.HasDeadParameter()
     model.unused.requires_grad_(False)

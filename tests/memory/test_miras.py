@@ -22,6 +22,7 @@ from tests.memory.cases import (
     random_state,
 )
 from titans_dist.memory import MemorySpec, MemoryState, neural_memory
+from titans_dist.memory.bias import inner_loss, output_descent
 
 BIASES = ["l2", "dot", "l1", "lp", "huber"]
 RETENTIONS = ["none", "l2", "lq", "lq_paper", "kl", "elastic_net"]
@@ -163,6 +164,18 @@ def test_huber_within_delta_is_l2_and_goes_on_without_a_jump() -> None:
         for d in (3 + 1e-12, 3 - 1e-12)
     )
     torch.testing.assert_close(inside, outside, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("bias", BIASES)
+def test_the_inner_loss_that_is_reported_is_the_one_that_is_descended(bias: str) -> None:
+    """l1 and lp descend smooth stand-ins: at a sharp sign, and away from 0, the same."""
+    spec = MemorySpec(bias=bias, sharpness=1e3)
+    case = random_case(spec, 1, 9, 2, 3, seed=16)
+    f = case.q * 3
+    loss = inner_loss(spec, f, case.v, case.delta)
+    assert loss.shape == (1, 9, 2)
+    (slope,) = torch.autograd.grad(loss.sum(), f)
+    torch.testing.assert_close(slope, -output_descent(spec, f, case.v, case.delta), rtol=1e-3, atol=1e-3)
 
 
 GRADIENT_KINDS = [

@@ -51,6 +51,7 @@ def test_the_identity_is_flat_and_survives_json() -> None:
         {"run_dir": "moved/run"},
         {"cluster__threads": 4},
         {"model__memory__recompute": False},
+        {"model__memory__state_grad_clip": None},
         {"model__memory__depth": 2},  # what it was, by name of the preset
         {"model__intermediate_size": 512},  # the same
     ],
@@ -105,3 +106,13 @@ def test_an_evaluation_needs_the_same_model_and_nothing_else() -> None:
     check_model(SAVED, config(data__seed=1, data__sequence_length=512, training__global_batch_size=64))
     with pytest.raises(CheckpointError, match=r"model\.hidden_size=64 \(it was 192\)"):
         check_model(SAVED, config(model__hidden_size=64))
+
+
+def test_a_checkpoint_of_another_chunk_size_is_refused_in_one_sentence() -> None:
+    for check in (
+        lambda: check_identity(SAVED, identity(config(model__memory__chunk_size=16), "abc"), "runs/run"),
+        lambda: check_model(SAVED, config(model__memory__chunk_size=16)),
+    ):
+        with pytest.raises(CheckpointError, match=r"model\.memory\.chunk_size=16 \(it was 64\)") as caught:
+            check()
+        assert "\n" not in str(caught.value)

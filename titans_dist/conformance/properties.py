@@ -54,19 +54,31 @@ def batch_independence(subject: Subject, tokens: Tensor, vocab_size: int) -> Ver
 
 
 def gradient_flow(subject: Subject, tokens: Tensor) -> Verdict:
-    """A loss of all outputs has a gradient, finite and not zero, at every parameter."""
+    """A loss of all outputs has a gradient, finite and not zero, at every parameter.
+
+    Parameters that are zero everywhere, as many layers start, hide others: they are something else meanwhile.
+    """
     name, module = "gradient flow", subject.target
     if not isinstance(module, nn.Module):
         return Verdict(name, None, "the target is no nn.Module, so its parameters are not known")
     wanted = {name: p for name, p in module.named_parameters() if p.requires_grad}
     if not wanted:
         return Verdict(name, None, "the target has no parameters that learn")
-    y = subject(tokens)
-    if not y.requires_grad:
-        return Verdict(name, False, f"the outputs have no gradient at all; {len(wanted)} parameters wait for one")
-    weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    loss = (y * weights.to(y)).sum()
-    grads = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)
+    generator = torch.Generator().manual_seed(1)
+    zeros = [p for p in wanted.values() if not p.detach().any()]
+    with torch.no_grad():
+        for p in zeros:
+            p.copy_(0.01 * torch.randn(p.shape, generator=generator))
+    try:
+        y = subject(tokens)
+        if not y.requires_grad:
+            return Verdict(name, False, f"the outputs have no gradient at all; {len(wanted)} parameters wait for one")
+        loss = (y * torch.randn(y.shape, generator=generator).to(y)).sum()
+        grads = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)
+    finally:
+        with torch.no_grad():
+            for p in zeros:
+                p.zero_()
     dead = [name for name, g in zip(wanted, grads, strict=True) if g is None or not g.abs().max() > 0]
     wild = [name for name, g in zip(wanted, grads, strict=True) if g is not None and not g.isfinite().all()]
     if wild:
@@ -110,13 +122,14 @@ def recurrence_equality(subject: Subject, tokens: Tensor) -> Verdict:
     if not memories:
         return Verdict(name, None, "the model has no memory")
     y = subject(tokens)
+    usual = [memory.backend for memory in memories]
     for memory in memories:
         memory.backend = "recurrent"
     try:
         change = (subject(tokens) - y).abs().amax((0, 2))
     finally:
-        for memory in memories:
-            memory.backend = "torch"
+        for memory, backend in zip(memories, usual, strict=True):
+            memory.backend = backend
     if change.max() > rounding(y):
         evidence = f"token by token, output {int(change.argmax())} differs by {float(change.max()):.1e}"
         return Verdict(name, False, evidence)

@@ -25,8 +25,8 @@ class InnerMemory(nn.Module):
         heads, dim, memory = config.num_heads, config.head_dim, config.memory
         self.spec = MemorySpec(**memory.spec_fields())
         self.chunk_size, self.read = chunk_size, read
+        self.backend = "torch"
         self.recompute, self.state_grad_clip = memory.recompute, memory.state_grad_clip
-        self.backend = "torch" if self.spec.has_chunked_form else "recurrent"
         self.gates = Gates(config, self.spec, chunk_size)
         # What is linear in its state starts from nothing, as its papers have it; a network must start as one.
         stds = [0.0] if is_linear_recurrence(self.spec) else self.spec.initial_std(dim)
@@ -102,7 +102,8 @@ class InnerMemory(nn.Module):
             chunk_size=chunk_size,
             read=read,
             recompute=self.recompute,
-            backend=self.backend,
+            # One token, as in decoding, is quicker as what the chunked form is equal to.
+            backend="recurrent" if k.shape[1] == 1 else self.backend,
             state_grad_clip=self.state_grad_clip,
         )
         if observed:

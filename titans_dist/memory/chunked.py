@@ -188,9 +188,10 @@ def _read(spec: MemorySpec, q: Tensor, written: Written, gates: ChunkGates, norm
         z = past_product(x, slots, gates.past)
         if gates.write is not None:
             scores = gates.write * (x @ a.mT)
-            if written.rho is not None:
-                scores = written.rho[i] * scores
-            z = torch.baddbmm(z.flatten(0, 1), scores.flatten(0, 1), d.flatten(0, 1)).view_as(z)
+            if written.rho is None:
+                z = torch.baddbmm(z.flatten(0, 1), scores.flatten(0, 1), d.flatten(0, 1)).view_as(z)
+            else:  # the largest factor last: rho is huge where the deltas are tiny
+                z = z + written.rho[i] * (scores @ d)
         x = z
     return output(spec, q, x, norm)
 

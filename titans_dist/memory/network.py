@@ -20,9 +20,12 @@ Norm = tuple[Tensor, Tensor]
 
 def layer_norm(x: Tensor) -> tuple[Tensor, Tensor]:
     """`x` (..., D) with zero mean and unit variance, and the reciprocal standard deviation (..., 1)."""
-    centered = x - x.mean(-1, keepdim=True)
-    rstd = torch.rsqrt(centered.square().mean(-1, keepdim=True) + NORM_EPS)
-    return centered * rstd, rstd
+    # Some links make huge memories out of small accumulators: what is squared must not leave float32.
+    scale = x.detach().abs().amax(-1, keepdim=True).clamp_min(1.0)
+    small = x / scale
+    centered = small - small.mean(-1, keepdim=True)
+    rstd = torch.rsqrt(centered.square().mean(-1, keepdim=True) + NORM_EPS / scale / scale)
+    return centered * rstd, rstd / scale
 
 
 def output(spec: MemorySpec, x: Tensor, raw: Tensor, norm: Norm | None) -> Tensor:
@@ -31,7 +34,8 @@ def output(spec: MemorySpec, x: Tensor, raw: Tensor, norm: Norm | None) -> Tenso
         return raw
     assert norm is not None
     gain, bias = norm
-    return x + F.layer_norm(raw, raw.shape[-1:], eps=NORM_EPS) * gain + bias
+    normal = F.layer_norm(raw, raw.shape[-1:], eps=NORM_EPS) if spec.is_linear else layer_norm(raw)[0]
+    return x + normal * gain + bias
 
 
 def apply(spec: MemorySpec, weights: list[Tensor], x: Tensor, norm: Norm | None) -> Tensor:

@@ -17,7 +17,7 @@ def find_culprit(model: nn.Module, forward: Callable[[], object]) -> str:
     Every rank runs all of it, whatever it finds, because the modules communicate. Of what the ranks find, the earliest
     counts. The gradients must still be those of the failed step.
     """
-    found = _agreed(_first_output(model, forward))
+    found = _agreed(first_output(model, forward))
     if found is not None:
         return f"the first output that is not finite is that of {found}"
     found = _agreed(_first_gradient(model))
@@ -26,8 +26,11 @@ def find_culprit(model: nn.Module, forward: Callable[[], object]) -> str:
     return f"every output and every gradient is finite; the largest gradient is that of {_largest_gradient(model)}"
 
 
-def _first_output(model: nn.Module, forward: Callable[[], object]) -> tuple[int, str] | None:
-    """The number and the path of the first call that returns something not finite; a part returns before its whole."""
+def first_output(model: nn.Module, forward: Callable[[], object]) -> tuple[int, str] | None:
+    """The number and the path of the first call that makes something not finite of what is; parts return first.
+
+    Where a part is already handed what is not finite, its whole has made that between its parts.
+    """
     calls = 0
     found: list[tuple[int, str]] = []
 
@@ -35,8 +38,9 @@ def _first_output(model: nn.Module, forward: Callable[[], object]) -> tuple[int,
         def look(module: nn.Module, inputs: Any, output: Any) -> None:
             nonlocal calls
             calls += 1
-            if not found and not all(bool(x.isfinite().all()) for x in _tensors(output)):
-                found.append((calls, path or "the model"))
+            if not found and not _is_finite(output):
+                maker = path if _is_finite(inputs) else path.rpartition(".")[0]
+                found.append((calls, maker or "the model"))
 
         return look
 
@@ -85,6 +89,10 @@ def _gathered(value: Any) -> list[Any]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def _is_finite(value: Any) -> bool:
+    return all(bool(x.isfinite().all()) for x in _tensors(value))
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
