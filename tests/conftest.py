@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before the first import of torch: forked ranks must not inherit a thread pool
 
@@ -19,3 +20,8 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     terminalreporter.write_line(f"skipped tests: {sum(reasons.values())}")
     for reason, count in reasons.most_common():
         terminalreporter.write_line(f"  {count} x {reason}")
+
+
+# A shell starts its background jobs with SIGINT ignored, and their children inherit that: Ctrl-C could not be tested.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
