@@ -44,7 +44,7 @@ def layer(args: argparse.Namespace) -> Call:
     with torch.no_grad():
         for name, value in module.named_parameters():
             assert isinstance(value, Parameter)
-            value.copy_(initial_value(name, tuple(value.shape), value.init, 0))
+            value.copy_(initial_value(name, value, 0))
     return trained(module.to(args.device), args)
 
 

@@ -8,9 +8,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tests.layers.definitions import Matrix, attended, convolved, rms, turned, unit
-from titans_dist.config import ModelConfig
+from titans_dist.config import MemoryConfig, ModelConfig
 from titans_dist.layers.mac import MemoryAsContext
 from titans_dist.layers.parameter import Parameter
+from titans_dist.model import build_model
 
 HEADS, DIM, CHUNK = 2, 6, 2
 HIDDEN = HEADS * DIM
@@ -108,3 +109,38 @@ def test_mac_is_its_definition(persistent: int, length: int, segment: int) -> No
     x = torch.randn(1, length, HIDDEN, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     found, _ = layer(x)
     torch.testing.assert_close(found[0], by_hand(layer, x[0], segment), rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("segment", [8, 32])
+def test_what_the_last_tokens_ask_for_reaches_the_first_segment_in_full(segment: int) -> None:
+    def gradients(limit: float | None) -> list[Tensor]:
+        config = ModelConfig(
+            variant="mac",
+            num_layers=1,
+            hidden_size=HIDDEN,
+            num_heads=HEADS,
+            vocab_size=16,
+            segment_length=segment,
+            persistent_tokens=1,
+            memory={"expansion": 2, "chunk_size": 4, "theta_max": 0.2, "state_grad_clip": limit},  # type: ignore[arg-type]
+        )
+        model = build_model(config).double()
+        tokens = torch.randint(16, (2, 64), generator=torch.Generator().manual_seed(2))
+        model(tokens)[:, -4:].square().sum().backward()
+        return [value.grad for value in model.parameters() if value.grad is not None]
+
+    exact, default, tight = (gradients(limit) for limit in (None, MemoryConfig().state_grad_clip, 1e-6))
+    for a, b in zip(default, exact, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=0)
+    assert any((a - b).norm() > 0.01 * b.norm() for a, b in zip(tight, exact, strict=True))
+
+
+def test_before_training_a_token_attends_to_itself() -> None:
+    layer = build_model(ModelConfig(variant="mac", hidden_size=256, num_heads=4, num_layers=1)).blocks[0].mixer
+    attention = layer.attention
+    assert torch.equal(attention.q.weight, attention.k.weight)
+    x = F.rms_norm(torch.randn(1, 100, 256, generator=torch.Generator().manual_seed(3)), (256,))
+    places = torch.arange(100)[None]
+    q, (k, _) = attention.queries(x, places), attention.keys_values(x, places)
+    weights = (torch.einsum("bthd,bshd->bhts", q, k) / 8).softmax(-1)
+    assert weights.diagonal(dim1=-2, dim2=-1).mean() > 0.99

@@ -307,3 +307,21 @@ def test_clipping_the_states_gradient_changes_no_output_and_bounds_what_reaches_
     assert torch.equal(loose[0], exact[0]) and torch.equal(tight[0], exact[0])
     torch.testing.assert_close(loose[1], exact[1], rtol=1e-12, atol=0)
     assert tight[1].norm() < 1e-18 < 1e-6 < exact[1].norm()
+
+
+def test_a_clip_minds_what_is_asked_of_the_state_too() -> None:
+    spec = MemorySpec(expansion=2)
+    case = random_case(spec, 1, 1100, 1, 3, seed=25)
+    with torch.no_grad():
+        for gate in (case.alpha, case.theta):
+            gate.mul_(0.01)
+
+    def first_half(limit: float | None) -> Tensor:
+        """Nothing is asked of the first call's outputs, so all of its gradient comes through the state."""
+        y, state = operator(spec, case.part(0, 600), 100, state_grad_clip=limit)
+        z, _ = operator(spec, case.part(600, None), 100, state=state, state_grad_clip=limit)
+        (grad,) = torch.autograd.grad(z.sum() + 0 * y.sum(), case.v)
+        return grad[:, :100]
+
+    torch.testing.assert_close(first_half(1000.0), first_half(None), rtol=1e-12, atol=0)
+    assert first_half(None).norm() > 1e-6

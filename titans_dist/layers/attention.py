@@ -118,16 +118,23 @@ class GrowingCache(KeyValueCache):
 
 
 class Attention(nn.Module):
-    """Multi-head attention, (B, T, hidden) -> (B, T, H, D), before any output projection; `window` None is full."""
+    """Multi-head attention, (B, T, hidden) -> (B, T, H, D), before any output projection; `window` None is full.
+
+    self_logit: the logit that a token has for itself before training, for inputs of unit size; unset, it is about 0, as
+    for any other token.
+    """
 
     plan: ClassVar = {"q": "column", "k": "column", "v": "column"}
 
-    def __init__(self, config: ModelConfig, window: int | None) -> None:
+    def __init__(self, config: ModelConfig, window: int | None, self_logit: float | None = None) -> None:
         super().__init__()
         hidden = config.hidden_size
         self.head_dim, self.window, self.theta = config.head_dim, window, config.rope_theta
-        self.q = linear(hidden, hidden, config.init_std)
-        self.k = linear(hidden, hidden, config.init_std)
+        std, twin = config.init_std, None
+        if self_logit is not None:  # equal queries and keys: |q|^2 / sqrt(D) = hidden std^2 sqrt(D)
+            std, twin = (self_logit / (hidden * config.head_dim**0.5)) ** 0.5, "q.weight"
+        self.q = linear(hidden, hidden, std)
+        self.k = linear(hidden, hidden, std, twin=twin)
         self.v = linear(hidden, hidden, config.init_std)
 
     def forward(

@@ -11,6 +11,7 @@ from titans_dist.layers.gates import Gates, is_linear_recurrence
 from titans_dist.layers.parameter import constant, normal, parameter
 from titans_dist.layers.telemetry import observe
 from titans_dist.memory import MemorySpec, MemoryState, initial_state, neural_memory
+from titans_dist.memory.grad_clip import StateGradClip
 from titans_dist.memory.network import apply
 from titans_dist.memory.retention import link
 
@@ -47,15 +48,21 @@ class InnerMemory(nn.Module):
         state: MemoryState,
         start: MemoryState | None = None,
         starts: Tensor | None = None,
+        clip: StateGradClip | None = None,
     ) -> tuple[Tensor, MemoryState]:
-        """x (B, T, hidden) decides the gates. Documents that begin at `starts` (B, T) begin with `start`."""
-        return self._write(x, q, k, v, state, start, starts, self.chunk_size, self.read, observed=True)
+        """x (B, T, hidden) decides the gates. Documents that begin at `starts` (B, T) begin with `start`.
+
+        clip: the one that several calls on one sequence share, in the place of `state_grad_clip`'s.
+        """
+        limit = self.state_grad_clip if clip is None else clip
+        return self._write(x, q, k, v, state, start, starts, self.chunk_size, self.read, limit, observed=True)
 
     def read_persistent(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, MemoryState]:
         """The tokens before every sequence (1, P, ...), written as one chunk of their own."""
         chunk_size = x.shape[1] if self.spec.has_chunked_form else 1
         state = self.learned_state(x.shape[0])
-        return self._write(x, q, k, v, state, None, None, chunk_size, "after", observed=False)
+        limit = self.state_grad_clip
+        return self._write(x, q, k, v, state, None, None, chunk_size, "after", limit, observed=False)
 
     def learned_state(self, batch: int) -> MemoryState:
         """The memory before it has read anything."""
@@ -81,6 +88,7 @@ class InnerMemory(nn.Module):
         starts: Tensor | None,
         chunk_size: int,
         read: str,
+        state_grad_clip: float | StateGradClip | None,
         observed: bool,
     ) -> tuple[Tensor, MemoryState]:
         gates = self.gates(x, k)
@@ -104,7 +112,7 @@ class InnerMemory(nn.Module):
             recompute=self.recompute,
             # One token, as in decoding, is quicker as what the chunked form is equal to.
             backend="recurrent" if k.shape[1] == 1 else self.backend,
-            state_grad_clip=self.state_grad_clip,
+            state_grad_clip=state_grad_clip,
         )
         if observed:
             observe(

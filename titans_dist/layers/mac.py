@@ -27,6 +27,11 @@ from titans_dist.layers.parameter import linear
 from titans_dist.layers.persistent import persistent_memory
 from titans_dist.layers.state import expand
 from titans_dist.memory import MemoryState
+from titans_dist.memory.grad_clip import StateGradClip
+
+# Nothing but y reaches the memory, and attention that has learned nothing yet is a mean: all tokens of a segment would
+# write nearly the same pair over each other. So a token begins by attending to itself.
+SELF_LOGIT = 20.0
 
 
 @dataclass
@@ -62,12 +67,12 @@ class MemoryAsContext(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         hidden, heads, dim = config.hidden_size, config.num_heads, config.head_dim
-        self.segment_length = config.segment_length
+        self.segment_length, self.state_grad_clip = config.segment_length, config.memory.state_grad_clip
         self.persistent = persistent_memory(config)
         self.memory = NeuralMemory(config)
         self.memory_out = linear(hidden, hidden, config.init_std)
         self.context_norm = RMSNorm(hidden, config.norm_eps)
-        self.attention = Attention(config, None)
+        self.attention = Attention(config, None, SELF_LOGIT)
         self.attention_out = linear(hidden, hidden, config.init_std)
         self.attention_norm = RMSNorm(hidden, config.norm_eps)
         self.y_norm = HeadNorm(heads, dim, config.norm_eps)
@@ -82,16 +87,18 @@ class MemoryAsContext(nn.Module):
         begin = self.memory.begin(persistent)[1] if state is None or starts is not None else None
         now = self._begin(begin, x.shape[0]) if state is None else state
         prefix = self.attention.prefix(persistent)
+        clip = None if self.state_grad_clip is None else StateGradClip(self.state_grad_clip)
         outputs = []
         first = 0
         while first < x.shape[1]:
             last = min(x.shape[1], first + self.segment_length - now.position)
             part = None if starts is None else starts[:, first:last]
-            o, now = self._segment(x[:, first:last], now, begin, part, prefix)
+            o, now = self._segment(x[:, first:last], now, begin, part, prefix, clip)
             outputs.append(o)
             first = last
-        y = self.out(torch.cat(outputs, 1).flatten(2))
-        return y, None if state is None else now
+        o = torch.cat(outputs, 1)
+        o = o if clip is None else clip.results(o)[0]
+        return self.out(o.flatten(2)), None if state is None else now
 
     def initial_state(self, batch: int) -> SegmentState:
         """The state before the first token."""
@@ -106,7 +113,13 @@ class MemoryAsContext(nn.Module):
         return SegmentState(memory.tails[0], memory, _weights(memory), empty, empty, running, 0)
 
     def _segment(
-        self, x: Tensor, state: SegmentState, begin: LayerState | None, starts: Tensor | None, prefix: Prefix | None
+        self,
+        x: Tensor,
+        state: SegmentState,
+        begin: LayerState | None,
+        starts: Tensor | None,
+        prefix: Prefix | None,
+        clip: StateGradClip | None,
     ) -> tuple[Tensor, SegmentState]:
         """Tokens of one segment (B, n, hidden) -> o (B, n, H, D), before the output projection, and the state after."""
         position, end = state.position, state.position + x.shape[1]
@@ -135,7 +148,7 @@ class MemoryAsContext(nn.Module):
         y = masked_attention(queries, torch.cat(keys, 1), torch.cat(values, 1), visible.repeat(1, 1, 2), prefix)
 
         written = self.attention_norm(self.attention_out(y.flatten(2)))
-        m, memory = self.memory.write(written, state.memory, begin, starts)
+        m, memory = self.memory.write(written, state.memory, begin, starts, clip)
         o = F.silu(self.y_norm(y)) * self.m_norm(m)
 
         if end == self.segment_length:

@@ -16,6 +16,7 @@ from titans_dist.layers.parameter import linear
 from titans_dist.layers.state import expand
 from titans_dist.layers.tnt import TNTMemory, TNTState
 from titans_dist.memory import MemoryState
+from titans_dist.memory.grad_clip import StateGradClip
 
 
 @dataclass
@@ -62,14 +63,22 @@ class NeuralMemory(nn.Module):
         return self.write(x, now, begin, starts)
 
     def write(
-        self, x: Tensor, state: LayerState, begin: LayerState | None, starts: Tensor | None
+        self,
+        x: Tensor,
+        state: LayerState,
+        begin: LayerState | None,
+        starts: Tensor | None,
+        clip: StateGradClip | None = None,
     ) -> tuple[Tensor, LayerState]:
-        """`forward` from a state (B or 1 rows); documents at `starts` begin with `begin`, what `begin()` returns."""
+        """`forward` from a state (B or 1 rows); documents at `starts` begin with `begin`, what `begin()` returns.
+
+        clip: the one that all calls on a sequence share.
+        """
         batch = x.shape[0]
         state = expand(state, batch)
         q, k, v, tails = self._project(x, state.tails, starts, begin)
         start = None if begin is None else expand(begin.memory, batch)
-        y, memory = self.memory(x, q, k, v, state.memory, start, starts)
+        y, memory = self.memory(x, q, k, v, state.memory, start, starts, clip)
         return self._gated(x, y), LayerState(tails, memory)
 
     def begin(self, persistent: Tensor | None) -> tuple[Tensor | None, LayerState]:

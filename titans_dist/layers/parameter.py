@@ -33,33 +33,40 @@ def logit(share: float) -> float:
 
 
 class Parameter(nn.Parameter):
-    """An unset parameter that carries its initial rule, and whether weight decay acts on it (matrices only)."""
+    """An unset parameter that carries its initial rule, and whether weight decay acts on it (matrices only).
+
+    twin: the parameter of a sibling module, such as "q.weight", whose initial value this one has too.
+    """
 
     init: Init
     decay: bool
+    twin: str | None
 
 
-def parameter(*shape: int, init: Init, decay: bool = False) -> Parameter:
+def parameter(*shape: int, init: Init, decay: bool = False, twin: str | None = None) -> Parameter:
     """An unset float32 Parameter of `shape`; see `initial_value` for how it is filled."""
     made = Parameter(torch.empty(*shape))
-    made.init, made.decay = init, decay
+    made.init, made.decay, made.twin = init, decay, twin
     return made
 
 
-def linear(d_in: int, d_out: int, std: float, bias: float | None = None) -> nn.Linear:
-    """A linear layer with Gaussian weights; with a constant bias where `bias` is given."""
+def linear(d_in: int, d_out: int, std: float, bias: float | None = None, twin: str | None = None) -> nn.Linear:
+    """A linear layer with Gaussian weights; with a constant bias where `bias` is given. `twin`: see Parameter."""
     layer = nn.Linear(d_in, d_out, bias=bias is not None)
-    layer.weight = parameter(d_out, d_in, init=normal(std), decay=True)
+    layer.weight = parameter(d_out, d_in, init=normal(std), decay=True, twin=twin)
     if bias is not None:
         layer.bias = parameter(d_out, init=constant(bias))
     return layer
 
 
 @torch.no_grad()
-def initial_value(name: str, shape: tuple[int, ...], init: Init, seed: int) -> Tensor:
-    """The whole float32 parameter `name` as it starts: a pure function of its name, its shape and the seed."""
+def initial_value(name: str, parameter: Parameter, seed: int) -> Tensor:
+    """The whole float32 parameter as it starts: a pure function of its name, its shape and the seed."""
+    if parameter.twin is not None:
+        path = name.split(".")
+        name = ".".join([*path[: -1 - parameter.twin.count(".")], parameter.twin])
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-    value = torch.empty(shape, device="cpu")
-    init(value, generator)
+    value = torch.empty(parameter.shape, device="cpu")
+    parameter.init(value, generator)
     return value

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from titans_dist.config import ModelConfig
 from titans_dist.layers.inner_memory import InnerMemory
 from titans_dist.memory import MemorySpec, MemoryState, neural_memory
+from titans_dist.memory.grad_clip import StateGradClip
 
 _KEYS = MemorySpec.preset("linear_attention")
 
@@ -59,8 +60,10 @@ class TNTMemory(nn.Module):
         state: TNTState,
         start: TNTState | None = None,
         starts: Tensor | None = None,
+        clip: StateGradClip | None = None,
     ) -> tuple[Tensor, TNTState]:
         """See InnerMemory."""
+        assert clip is None, "each of the two memories has its own"
         begin = None if start is None else start.everything
         y, everything = self.everything(x, q, k, v, state.everything, begin, starts)
         found, shard = [], state.shard

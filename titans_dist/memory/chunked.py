@@ -13,7 +13,6 @@ dimension here, G = B H; N chunks of b tokens come first.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +22,7 @@ from titans_dist.memory import channels
 from titans_dist.memory.activations import ACTIVATIONS
 from titans_dist.memory.fused import write_and_read
 from titans_dist.memory.gates import ChunkGates, chunk_gates, read_before
+from titans_dist.memory.grad_clip import StateGradClip
 from titans_dist.memory.network import Norm, apply, output
 from titans_dist.memory.retention import has_fresh_end, link
 from titans_dist.memory.spec import MemorySpec
@@ -44,13 +44,13 @@ def dual_form(
     chunk_size: int,
     read: str,
     recompute: bool,
-    state_grad_clip: float | None,
+    clip: StateGradClip | None,
 ) -> tuple[Tensor, MemoryState]:
     """y (B, T, H, D) and the state after token T. `norm`: (B H, 1, D) each. Time O(T chunk_size)."""
     batch, length, heads = tokens.q.shape[:3]
     carry, start_slots = _to_carry(state), _to_carry(start).slots
     begins = None if tokens.starts is None else tokens.starts.any(0).tolist()
-    clip = _Clip(state_grad_clip) if state_grad_clip is not None and torch.is_grad_enabled() else None
+    clip = clip if torch.is_grad_enabled() else None
     outputs = []
     for begin, chunks, size in _pieces(length, state.position, chunk_size):
         part = tokens.part(begin, begin + chunks * size)
@@ -64,62 +64,7 @@ def dual_form(
         outputs.append(y)
         if clip is not None:
             carry.slots = clip.slots(carry.slots)
-    y = torch.cat(outputs, 1)
-    return y if clip is None else clip.outputs(y), _from_carry(carry, batch, heads)
-
-
-class _Clip:
-    """Keeps the gradient that goes from one group of chunks to the one before within `limit` times that at the outputs.
-
-    Both are norms of one row, over all its slots and over all its outputs: neither the scale of the loss nor the other
-    rows of the batch matter.
-    """
-
-    def __init__(self, limit: float) -> None:
-        self.limit = limit
-        self.largest: Tensor | None = None  # (G,); known once the gradient at the outputs is, which comes first
-
-    def outputs(self, y: Tensor) -> Tensor:
-        """The outputs (B, T, H, D) as they are."""
-        return _Noticed.apply(self, y)
-
-    def slots(self, layers: list[Slots]) -> list[Slots]:
-        """The slots between two groups as they are."""
-        m = len(layers[0])
-        flat = _Clipped.apply(self, *(x for layer in layers for x in layer))
-        return [list(flat[i : i + m]) for i in range(0, len(flat), m)]
-
-
-class _Noticed(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, clip: _Clip, y: Tensor) -> Tensor:
-        ctx.clip = clip
-        return y.view_as(y)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
-        ctx.clip.largest = ctx.clip.limit * torch.linalg.vector_norm(grad, dim=(1, 3)).flatten()
-        return None, grad
-
-
-class _Clipped(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, clip: _Clip, *slots: Tensor) -> tuple[Tensor, ...]:
-        ctx.clip = clip
-        return tuple(x.view_as(x) for x in slots)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        if ctx.clip.largest is None:  # nothing was asked of the outputs
-            return (None, *grads)
-        largest = ctx.clip.largest[:, None, None]
-        # The largest element first: the squares of an exploding gradient are infinite long before it is.
-        top = torch.stack([g.abs().amax((1, 2)) for g in grads]).amax(0)[:, None, None]
-        safe = top.clamp_min(torch.finfo(top.dtype).tiny)
-        norm = safe * torch.stack([(g / safe).square().sum((1, 2), keepdim=True) for g in grads]).sum(0).sqrt()
-        return (None, *(torch.where(norm <= largest, g, (g / norm * largest).nan_to_num(0.0)) for g in grads))
+    return torch.cat(outputs, 1), _from_carry(carry, batch, heads)
 
 
 def _pieces(length: int, position: int, chunk_size: int) -> list[tuple[int, int, int]]:

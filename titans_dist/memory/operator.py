@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from titans_dist.memory.chunked import dual_form
+from titans_dist.memory.grad_clip import StateGradClip
 from titans_dist.memory.naive import recurrence
 from titans_dist.memory.network import Norm
 from titans_dist.memory.spec import MemorySpec
@@ -36,7 +38,7 @@ def neural_memory(
     chunk_size: int,
     read: str = "after",
     recompute: bool = False,
-    state_grad_clip: float | None = None,
+    state_grad_clip: float | StateGradClip | None = None,
     backend: str = "torch",
 ) -> tuple[Tensor, MemoryState]:
     """Write every (k, v) into a memory that learns at test time, and read it with q (Titans, eqs 12-18).
@@ -55,8 +57,9 @@ def neural_memory(
     read: "after" (a token sees its own write), "before", or "start" (all of a chunk see the memory it began with).
     recompute: keep one state per group of chunks for the backward pass and work the rest out again.
     state_grad_clip: largest norm, for each sequence and head, of the gradient that goes back from one group of chunks
-    to the one before, as a multiple of that of the gradient at its outputs; None keeps it exact. Over many chunks of
-    strong forgetting it can explode while every output is sound: the memory is then a chaotic system.
+    to the one before, as a multiple of that of the gradient at what this call returns; None keeps it exact. Over many
+    chunks it can explode while every output is sound: the memory is then a chaotic system. A `StateGradClip` is shared
+    by the calls that write one sequence.
     backend: "torch", the chunked form; "recurrent", token by token: the definition, and the form for decoding.
 
     Returns y (B, T, H, D) in q's dtype, and the state after the last token in float32 (float64 for float64 inputs).
@@ -84,7 +87,13 @@ def neural_memory(
     if backend == "recurrent":
         y, after = recurrence(spec, tokens, norm, now, begin, chunk_size, read)
     else:
-        y, after = dual_form(spec, tokens, norm, now, begin, chunk_size, read, recompute, state_grad_clip)
+        clip, is_own = state_grad_clip, False
+        if clip is not None and not isinstance(clip, StateGradClip):
+            clip, is_own = StateGradClip(clip), True
+        y, after = dual_form(spec, tokens, norm, now, begin, chunk_size, read, recompute, clip)
+        if clip is not None and is_own:
+            y, *ends = clip.results(y, *after.weights, *after.momentum)
+            after = replace(after, weights=ends[: spec.depth], momentum=ends[spec.depth :])
     return y.to(q.dtype), after
 
 

@@ -108,5 +108,5 @@ def build_model(config: ModelConfig, seed: int = 0) -> LanguageModel:
     with torch.no_grad():
         for name, value in model.named_parameters():
             assert isinstance(value, Parameter)
-            value.copy_(initial_value(name, tuple(value.shape), value.init, seed))
+            value.copy_(initial_value(name, value, seed))
     return model

@@ -80,7 +80,7 @@ def build_parallel(model: LanguageModel, config: ModelParallelConfig, group: Pro
             _swap(module, child, kind, config)
     for name, whole in wholes.items():
         axis = axes.get(name)
-        value = initial_value(name, tuple(whole.shape), whole.init, seed)
+        value = initial_value(name, whole, seed)
         if axis is not None:
             value = value.chunk(size, axis)[rank].clone()
         made = nn.Parameter(value)
