@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,11 +31,18 @@ from titans_dist.memory import MemorySpec, neural_memory
 Call = Callable[[], object]
 LENGTHS = (2048, 4096, 8192, 16384)
 
+# torch.compile starts Python processes with this one's path, where this file must not stand in for Python's `operator`.
+sys.path.remove(str(Path(__file__).parent))
 
-def layer(args: argparse.Namespace) -> Call:
+
+def layer(args: argparse.Namespace, backend: str = "torch") -> Call:
     """This project's memory layer with its projections, convolutions, gates and norms."""
     memory = MemoryConfig(
-        depth=args.depth, expansion=args.expansion, chunk_size=args.chunk_size, recompute=args.recompute
+        depth=args.depth,
+        expansion=args.expansion,
+        chunk_size=args.chunk_size,
+        recompute=args.recompute,
+        backend=backend,
     )
     hidden = args.heads * args.head_dim
     config = ModelConfig(
@@ -91,7 +99,7 @@ def arguments(args: argparse.Namespace, spec: MemorySpec) -> dict[str, Any]:
     shape = (args.batch, args.length, args.heads, args.head_dim)
     q, k, v = (torch.randn(shape, generator=g) for _ in range(3))
     top = 0.5 if spec.is_delta_rule else 0.1 / args.chunk_size
-    alpha, eta, theta = (torch.rand(shape[:3], generator=g) * high for high in (0.1, 0.9, top))
+    alpha, eta, theta = (torch.rand(shape[:3], generator=g) * high for high in (0.01, 0.9, top))
     sizes = zip(spec.shapes(args.head_dim), spec.initial_std(args.head_dim), strict=True)
     weights = [torch.randn(args.heads, *size, generator=g) * std for size, std in sizes]
     norm = (torch.ones(args.heads, args.head_dim), torch.zeros(args.heads, args.head_dim))
@@ -197,6 +205,7 @@ def layers_table(args: argparse.Namespace) -> None:
         args,
         {
             "titans_dist": (None, lambda: layer(args), exact),
+            "titans_dist, backend=compiled": (None, lambda: layer(args, "compiled"), "the same"),
             "titans-pytorch, exact mode": (
                 "titans_pytorch",
                 lambda: titans_pytorch_layer(args, exact=True),
@@ -221,6 +230,7 @@ def operators_table(args: argparse.Namespace) -> None:
         {
             "chunked": (None, lambda: operator(args, titans), "Titans, exact"),
             "chunked, recompute": (None, lambda: operator(args, titans, recompute=True), "the same"),
+            "chunked, compiled": (None, lambda: operator(args, titans, backend="compiled"), "the same"),
             "token by token": (None, lambda: operator(args, titans, backend="recurrent"), "the same"),
             "matrix memory": (None, lambda: operator(args, matrix), "Titans, depth 1"),
             "fla titans reference": (

@@ -26,7 +26,7 @@ class InnerMemory(nn.Module):
         heads, dim, memory = config.num_heads, config.head_dim, config.memory
         self.spec = MemorySpec(**memory.spec_fields())
         self.chunk_size, self.read = chunk_size, read
-        self.backend = "torch"
+        self.backend = memory.backend
         self.recompute, self.state_grad_clip = memory.recompute, memory.state_grad_clip
         self.gates = Gates(config, self.spec, chunk_size)
         # What is linear in its state starts from nothing, as its papers have it; a network must start as one.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,11 +12,12 @@ from torch.nn import functional as F
 from titans_dist.config import ModelConfig
 from titans_dist.layers.conv import CausalConv
 from titans_dist.layers.inner_memory import InnerMemory
-from titans_dist.layers.norm import HeadNorm
+from titans_dist.layers.norm import HeadNorm, head_norm
 from titans_dist.layers.parameter import linear
 from titans_dist.layers.state import expand
 from titans_dist.layers.tnt import TNTMemory, TNTState
 from titans_dist.memory import MemoryState
+from titans_dist.memory.compiled import compiled
 from titans_dist.memory.grad_clip import StateGradClip
 
 
@@ -49,6 +51,9 @@ class NeuralMemory(nn.Module):
         self.memory = TNTMemory(config) if memory.is_tnt else InnerMemory(config, memory.chunk_size, memory.read)
         self.norm = HeadNorm(heads, dim, config.norm_eps)
         self.gate = linear(hidden, hidden, config.init_std)
+        is_compiled = memory.backend == "compiled"
+        self._unit: Callable[..., Tensor] = compiled(_unit) if is_compiled else _unit
+        self._finish: Callable[..., Tensor] = compiled(_normed_and_gated) if is_compiled else _normed_and_gated
 
     def forward(
         self, x: Tensor, persistent: Tensor | None, state: LayerState | None = None, starts: Tensor | None = None
@@ -93,7 +98,7 @@ class NeuralMemory(nn.Module):
     def query(self, x: Tensor, tail: Tensor, starts: Tensor | None, begin: Tensor | None) -> tuple[Tensor, Tensor]:
         """The queries of `x` alone, (B, T, H, D), and their convolution's tail."""
         q, tail = self.q_conv(self.q(x), tail, starts, begin)
-        return F.normalize(self._heads(F.silu(q)), dim=-1), tail
+        return self._unit(self._heads(q)), tail
 
     def retrieve(self, x: Tensor, q: Tensor, weights: list[Tensor]) -> Tensor:
         """What a memory that nothing is written to holds about `x` and its queries: (B, T, H, D)."""
@@ -107,11 +112,20 @@ class NeuralMemory(nn.Module):
         q, q_tail = self.query(x, tails[0], starts, begins[0])
         k, k_tail = self.k_conv(self.k(x), tails[1], starts, begins[1])
         v, v_tail = self.v_conv(self.v(x), tails[2], starts, begins[2])
-        k, v = self._heads(F.silu(k)), self._heads(F.silu(v))
-        return q, F.normalize(k, dim=-1), v, [q_tail, k_tail, v_tail]
+        return q, self._unit(self._heads(k)), F.silu(self._heads(v)), [q_tail, k_tail, v_tail]
 
     def _gated(self, x: Tensor, y: Tensor) -> Tensor:
-        return self.norm(y) * F.silu(self._heads(self.gate(x)))
+        return self._finish(y, self._heads(self.gate(x)), self.norm.weight, self.norm.eps)
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim))
+
+
+def _unit(x: Tensor) -> Tensor:
+    """SiLU, then every head (B, T, H, D) at length 1."""
+    return F.normalize(F.silu(x), dim=-1)
+
+
+def _normed_and_gated(y: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm of every head, times SiLU of the gate."""
+    return head_norm(y, weight, eps) * F.silu(gate)

@@ -33,4 +33,9 @@ class HeadNorm(nn.Module):
         self.weight = parameter(num_heads, head_dim, init=constant(1.0))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, x.shape[-1:], eps=self.eps) * self.weight
+        return head_norm(x, self.weight, self.eps)
+
+
+def head_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / rms(x) over the last dimension of (B, T, H, D), times weight (H, D)."""
+    return F.rms_norm(x, x.shape[-1:], eps=eps) * weight

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from titans_dist.memory import channels
+from titans_dist.memory import channels, compiled
 from titans_dist.memory.activations import ACTIVATIONS
 from titans_dist.memory.fused import write_and_read
 from titans_dist.memory.gates import ChunkGates, chunk_gates, read_before
@@ -45,6 +45,7 @@ def dual_form(
     read: str,
     recompute: bool,
     clip: StateGradClip | None,
+    use_compiler: bool,
 ) -> tuple[Tensor, MemoryState]:
     """y (B, T, H, D) and the state after token T. `norm`: (B H, 1, D) each. Time O(T chunk_size)."""
     batch, length, heads = tokens.q.shape[:3]
@@ -56,7 +57,7 @@ def dual_form(
         part = tokens.part(begin, begin + chunks * size)
         if begins is not None and not any(begins[begin : begin + chunks * size]):
             part.starts = None  # the common case is the cheap one
-        arguments = (spec, part, chunks, norm, carry, start_slots, chunk_size, read)
+        arguments = (spec, part, chunks, norm, carry, start_slots, chunk_size, read, use_compiler)
         if recompute and torch.is_grad_enabled():
             y, carry = checkpoint(_group, *arguments, use_reentrant=False, preserve_rng_state=False)
         else:
@@ -88,6 +89,7 @@ def _group(
     start: list[Slots],
     chunk_size: int,
     read: str,
+    use_compiler: bool,
 ) -> tuple[Tensor, Carry]:
     """One group of chunks: its writes one after another, then all its reads at once."""
     batch, _, heads = tokens.q.shape[:3]
@@ -104,10 +106,15 @@ def _group(
     if spec.channel_wise:
         by_channel = (None if alpha is None else alpha.mT, None if eta is None else eta.mT, theta.mT)
         gates = chunk_gates(*by_channel, None if document is None else document.unsqueeze(2))
+    elif use_compiler and document is None:
+        gates = compiled.compiled(chunk_gates)(alpha, eta, theta)
     else:
         gates = chunk_gates(alpha, eta, theta, document)
     pairs = Pairs(k, v, alpha, delta, document)
     is_plain = spec.is_linear and not spec.is_delta_rule and not spec.channel_wise and document is None
+    if is_plain and use_compiler and carry.position == 0 and q.shape[2] == chunk_size:
+        y, after = compiled.write_and_read(spec, q, pairs, gates, _seen(gates, None, read), norm, carry)
+        return _unchunked(y, batch, heads), after
     if is_plain and not (read == "start" and carry.position):
         raw, after = write_and_read(spec, q, pairs, gates, _seen(gates, None, read), norm, carry, chunk_size)
         return _unchunked(output(spec, q, raw, norm), batch, heads), after

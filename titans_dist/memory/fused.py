@@ -7,15 +7,15 @@ add in place, while its numbers are still in the cache. In the names, `g_x` is t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from titans_dist.memory.activations import ACTIVATIONS, Activation
-from titans_dist.memory.bias import output_descent, pull_back
+from titans_dist.memory.activations import ACTIVATIONS
+from titans_dist.memory.fused_descent import Descent, raw_descent
 from titans_dist.memory.gates import ChunkGates
-from titans_dist.memory.network import NORM_EPS, Norm
+from titans_dist.memory.network import Norm
 from titans_dist.memory.spec import MemorySpec
 from titans_dist.memory.writes import Carry, Pairs
 
@@ -82,39 +82,45 @@ class _Chunks(torch.autograd.Function):
         states = [k.new_empty(chunks + 1, rows, m * i, o) for i, o in zip(d_ins, d_outs, strict=True)]
         for layer, of_layer in zip(states, _split(slots, *[m] * depth), strict=True):
             torch.cat(of_layer, 1, out=layer[0])
-        # Of the keys: before the activation, after it, its slope, -dl/dz. Of the queries: before it, after it, scores.
+        # Of the keys: before the activation, after it, its slope, the deltas before that slope, the deltas -dl/dz. Of
+        # the queries: before the activation, after it, their scores.
         zs, ds, reads = ([k.new_empty(chunks, rows, size, width) for width in d_outs] for _ in range(3))
-        hidden, slopes, seen = ([torch.empty_like(z) for z in zs[:-1]] for _ in range(3))
+        hidden, slopes, pulled, seen = ([torch.empty_like(z) for z in zs[:-1]] for _ in range(4))
         scores = [k.new_empty(chunks, rows, size, size) for _ in range(depth if write is not None else 0)]
-        shifted, one = k if norm is None else k + norm[1], k.new_ones(())
-        each_state, gates = _each(states), _each(_chunk_gates(keep, add, past))
-        each = [_each(x, chunks) for x in (zs, hidden, slopes, ds, reads, seen, scores)]
-        for n in range(chunks):
-            z, a, slope, d, read, x_seen, score = (x[n] for x in each)
-            state, after, (own, cross, add_n, past_n) = each_state[n], each_state[n + 1], gates[n]
-            at = anchor if anchor and n == 0 else [x[:, :width] for x, width in zip(state, d_ins, strict=True)]
-            inputs = [k[n], *a]
+        shifted = (k if norm is None else k + norm[1]).unbind(0)
+        ones = [k.new_ones(rows, size, width) for width in d_outs[:-1]]
+        gates, each_state, by_slot = _gates(keep, add, past), _each(states), [_Slots(x, m) for x in states]
+        weights, each_q, each_k, each_v = _each([x.chunk(m, 2)[0] for x in states]), *(x.unbind(0) for x in (q, k, v))
+        gated_k, gated_q = _gated(add, k).unbind(0), _gated(past, q).unbind(0)
+        each_write, each_delta = (None if x is None else x.unbind(0) for x in (write, delta))
+        each = [_each(x, chunks) for x in (zs, hidden, slopes, pulled, ds, reads, seen, scores)]
+        for n, (own, cross, add_n, past_n) in enumerate(gates):
+            z, a, slope, d_before, d, read, x_seen, score = (x[n] for x in each)
+            state, after, at = each_state[n], each_state[n + 1], anchor if anchor and n == 0 else weights[n]
+            inputs, limit = [each_k[n], *a], None if each_delta is None else each_delta[n]
             for i in range(depth):
                 torch.bmm(inputs[i], at[i], out=z[i])
                 if i + 1 < depth:
                     a[i].copy_(activation.value(z[i]))
-                    slope[i].copy_(activation.pull_back(one.expand_as(z[i]), z[i]))
-            limit = None if delta is None else delta[n]
-            d[-1].copy_(_raw_descent(spec, z[-1], shifted[n], v[n], limit, norm))
+                    slope[i].copy_(activation.pull_back(ones[i], z[i]))
+            d[-1].copy_(raw_descent(spec, z[-1], shifted[n], each_v[n], limit, norm))
             for i in range(depth - 1, 0, -1):
-                torch.bmm(d[i], at[i].mT, out=d[i - 1]).mul_(slope[i - 1])
-            x = q[n]
-            for i, width in enumerate(d_ins):
-                _mix(m, own, cross, state[i], after[i], width)
-                after[i].baddbmm_(_gated(add_n, inputs[i]).mT, d[i])
-                torch.bmm(_gated(past_n, x), state[i], out=read[i])
-                if write is not None:
-                    read[i].baddbmm_(torch.bmm(x, inputs[i].mT, out=score[i]) * write[n], d[i])
+                torch.bmm(d[i], at[i].mT, out=d_before[i - 1])
+                torch.mul(d_before[i - 1], slope[i - 1], out=d[i - 1])
+            x = each_q[n]
+            for i, views in enumerate(by_slot):
+                torch.mul(views.all[n], own, out=views.all[n + 1])
+                if cross is not None:
+                    views.w[n + 1].addcmul_(views.s[n], cross)
+                after[i].baddbmm_((_gated(add_n, inputs[i]) if i else gated_k[n]).mT, d[i])
+                torch.bmm(_gated(past_n, x) if i else gated_q[n], state[i], out=read[i])
+                if each_write is not None:
+                    read[i].baddbmm_(torch.bmm(x, inputs[i].mT, out=score[i]) * each_write[n], d[i])
                 if i + 1 < depth:
                     x = x_seen[i].copy_(activation.value(read[i]))
         ctx.spec, ctx.counts = spec, (m, write is not None, delta is not None, norm is not None, bool(anchor))
         optional = [x for x in (write, delta, gain, bias) if x is not None]
-        kept = (*anchor, *states, *zs, *hidden, *slopes, *ds, *reads[:-1], *seen, *scores)
+        kept = (*anchor, *states, *zs, *hidden, *slopes, *pulled, *ds, *reads[:-1], *seen, *scores)
         ctx.save_for_backward(q, k, v, keep, add, past, *optional, *kept)
         ctx.set_materialize_grads(False)
         return (reads[-1], *(slot.contiguous() for layer in states for slot in layer[-1].chunk(m, 1)))
@@ -124,220 +130,89 @@ class _Chunks(torch.autograd.Function):
     def backward(ctx: Any, g_y: Tensor | None, *g_ends: Tensor | None) -> tuple[Any, ...]:
         spec, (m, has_write, has_delta, has_norm, has_anchor) = ctx.spec, ctx.counts
         depth, inner = spec.depth, spec.depth - 1
-        first, optional, anchor, states, zs, hidden, slopes, ds, reads, seen, scores = _split(
+        first, optional, anchor, states, zs, hidden, slopes, pulled, ds, reads, seen, scores = _split(
             ctx.saved_tensors,
             *(6, has_write + has_delta + 2 * has_norm, has_anchor * depth, depth),
-            *(depth, inner, inner, depth, inner, inner, has_write * depth),
+            *(depth, inner, inner, inner, depth, inner, inner, has_write * depth),
         )
         q, k, v, keep, add, past = first
         write = optional.pop(0) if has_write else None
         delta = optional[0] if has_delta else None
         norm = (optional[-2], optional[-1]) if has_norm else None
         activation, chunks = ACTIVATIONS[spec.activation], k.shape[0]
-        d_ins = [x.shape[2] // m for x in states]
-        # Adjoints of the slots after a chunk and before it; the two sets of tensors take turns.
-        end = [torch.zeros_like(x[0]) for x in states]
-        for layer, own in zip(end, _split(g_ends, *[m] * depth), strict=True):
-            for slot, g in zip(layer.chunk(m, 1), own, strict=True):
-                slot.copy_(torch.zeros_like(slot) if g is None else g)
-        before, g_anchor = [torch.empty_like(x) for x in end], [torch.zeros_like(x) for x in anchor]
-        g_q, g_k, g_v = torch.zeros_like(q), torch.empty_like(k), torch.empty_like(v)
-        g_delta = None if delta is None else torch.empty_like(delta)
-        g_norm = None if norm is None else (torch.zeros_like(norm[0]), torch.zeros_like(norm[1]))
+        # The adjoint of the slots, of those after a chunk and then of those before it.
+        g_states = [torch.zeros_like(x[0]) for x in states]
+        for layer, of_layer in zip(g_states, _split(g_ends, *[m] * depth), strict=True):
+            for slot, g in zip(layer.chunk(m, 1), of_layer, strict=True):
+                if g is not None:
+                    slot.copy_(g)
+        g_anchor, g_weights = [torch.zeros_like(x) for x in anchor], [x.chunk(m, 1)[0] for x in g_states]
+        by_slot, g_by_slot = [_Slots(x, m) for x in states], [_Slots(x.unsqueeze(0), m) for x in g_states]
+        weights, each_state = _each([x.chunk(m, 2)[0] for x in states]), _each(states)
+        each = [_each(x, chunks) for x in (zs, hidden, slopes, pulled, ds, reads, seen, scores)]
+        each_q, each_k, each_write = q.unbind(0), k.unbind(0), None if write is None else write.unbind(0)
+        gated_k, gated_q = _gated(add, k).unbind(0), _gated(past, q).unbind(0)
+        descent = Descent(spec, zs[-1], ds[-1], k, v, delta, norm)
+        g_q, g_k = torch.zeros_like(q), torch.empty_like(k)
+        g_keep, g_add, g_past = torch.zeros_like(keep), torch.zeros_like(add), torch.zeros_like(past)
         g_write = None if write is None else torch.zeros_like(write)
-        gates = _chunk_gates(keep, add, past)
-        g_gates = [torch.zeros_like(x) for x in gates]
-        each_g_gate = _each(g_gates)
-        each = [_each(x, chunks) for x in (states, zs, hidden, slopes, ds, reads, seen, scores, gates)]
+        gates, g_gates = _gates(keep, add, past), _gates(g_keep, g_add, g_past)
+        each_g_y = None if g_y is None else g_y.unbind(0)
+        each_g_q, each_g_k, each_g_write = g_q.unbind(0), g_k.unbind(0), None if g_write is None else g_write.unbind(0)
         for n in reversed(range(chunks)):
-            chunk = _Chunk(*(x[n] for x in each))
-            inputs, g_gate = [k[n], *chunk.hidden], each_g_gate[n]
-            g_d, g_in = _back_from_writes(m, chunk, inputs, end, before, g_gate)
-            if g_y is not None:
-                own_writes = None if write is None or g_write is None else (write[n], g_write[n])
-                xs = [q[n], *chunk.seen]
-                g_q[n] = _back_from_reads(
-                    m, activation, chunk, inputs, xs, own_writes, g_y[n], before, g_gate[-1], g_d, g_in
-                )
-            if has_anchor and n == 0:
-                at, g_at = anchor, g_anchor
-            else:
-                at, g_at = ([x[:, :w] for x, w in zip(xs, d_ins, strict=True)] for xs in (chunk.state, before))
-            limit = None if delta is None or g_delta is None else (delta[n], g_delta[n])
-            value = (k[n], v[n], limit, norm, g_v[n], g_norm)
-            g_k[n] = _back_from_descent(spec, activation, chunk, inputs, at, g_at, g_d, g_in, *value)
-            end, before = before, end
-        g_keep = torch.zeros_like(keep)
-        g_keep.diagonal(dim1=-2, dim2=-1).copy_(g_gates[0].squeeze(-1))
-        if m > 1:
-            g_keep[..., 0, 1] = g_gates[1].flatten(-3)
-        of_gates = (g_keep, g_gates[2].squeeze(-1), g_gates[3].squeeze(-1), g_write, g_delta)
-        ends = [slot.contiguous() for layer in end for slot in layer.chunk(m, 1)]
-        return (None, g_q, g_k, g_v, *of_gates, *(g_norm or (None, None)), *ends, *g_anchor)
-
-
-class _Chunk(NamedTuple):
-    """What the forward pass left of one chunk, per layer; see `forward`."""
-
-    state: Tensors
-    z: Tensors
-    hidden: Tensors
-    slope: Tensors
-    d: Tensors
-    read: Tensors
-    seen: Tensors
-    score: Tensors
-    gates: Tensors
-
-
-def _back_from_writes(
-    m: int, chunk: _Chunk, inputs: Tensors, end: Tensors, before: Tensors, g_gates: Tensors
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Gradients at the deltas and the inputs of every layer. Sets those at the slots, adds those at the gates."""
-    own, cross, add, _ = chunk.gates
-    g_d, g_in = [], []
-    for a, d, state, g_end, g_state in zip(inputs, chunk.d, chunk.state, end, before, strict=True):
-        width = a.shape[-1]
-        _mix_back(m, own, cross, g_end, g_state, width)
-        by_slot = (g_end.unflatten(1, (m, -1)).flatten(2), state.unflatten(1, (m, -1)).flatten(2))
-        g_gates[0].add_(torch.linalg.vecdot(*by_slot).unsqueeze(-1))
-        if m > 1:
-            g_gates[1].view(-1).add_(torch.linalg.vecdot(by_slot[0][:, 0], by_slot[1][:, 1]))
-        g_d.append(torch.bmm(_gated(add, a), g_end))
-        g_in.append(_back_from_gated(m, add, a, torch.bmm(d, g_end.mT), g_gates[2]))
-    return g_d, g_in
-
-
-def _back_from_reads(
-    m: int,
-    activation: Activation,
-    chunk: _Chunk,
-    inputs: Tensors,
-    xs: Tensors,
-    own_writes: tuple[Tensor, Tensor] | None,
-    g_z: Tensor,
-    before: Tensors,
-    g_past: Tensor,
-    g_d: Tensors,
-    g_in: Tensors,
-) -> Tensor:
-    """Gradient at the queries; those at the slots, the gates, the deltas and the inputs are added.
-
-    `own_writes`: the gates of the chunk's own writes, with their gradient.
-    """
-    past = chunk.gates[-1]
-    for i in range(len(xs) - 1, -1, -1):
-        g_x = _back_from_gated(m, past, xs[i], torch.bmm(g_z, chunk.state[i].mT), g_past)
-        before[i].baddbmm_(_gated(past, xs[i]).mT, g_z)
-        if own_writes is not None:
-            write, g_write = own_writes
-            score, g_score = chunk.score[i], torch.bmm(g_z, chunk.d[i].mT)
-            g_d[i].baddbmm_((score * write).mT, g_z)
-            g_write.addcmul_(g_score, score)
-            g_score.mul_(write)
-            g_x.baddbmm_(g_score, inputs[i])
-            g_in[i].baddbmm_(g_score.mT, xs[i])
-        g_z = activation.pull_back(g_x, chunk.read[i - 1]) if i else g_x
-    return g_z
-
-
-def _back_from_descent(
-    spec: MemorySpec,
-    activation: Activation,
-    chunk: _Chunk,
-    inputs: Tensors,
-    at: Tensors,
-    g_at: Tensors,
-    g_d: list[Tensor],
-    g_in: list[Tensor],
-    k: Tensor,
-    v: Tensor,
-    limit: tuple[Tensor, Tensor] | None,
-    norm: Norm | None,
-    g_v: Tensor,
-    g_norm: Norm | None,
-) -> Tensor:
-    """Gradient at the keys; those at the weights are added. Through the deltas up, then through the network down."""
-    g_zs, g_pulled = [], []
-    for i in range(1, len(g_d)):
-        d, slope = chunk.d[i], chunk.slope[i - 1]
-        g_slope = torch.bmm(d, at[i].mT).mul_(g_d[i - 1])
-        g_pulled.append(g_d[i - 1].mul_(slope))
-        g_d[i].baddbmm_(g_pulled[-1], at[i])
-        g_zs.append(g_slope.mul_(activation.curvature(chunk.z[i - 1])))
-    g_z = _raw_descent_backward(spec, g_d[-1], chunk.z[-1], k, v, chunk.d[-1], limit, norm, g_in[0], g_v, g_norm)
-    for i in range(len(g_d) - 1, -1, -1):
-        g_in[i].baddbmm_(g_z, at[i].mT)
-        if i:
-            g_at[i].baddbmm_(torch.cat([g_pulled[i - 1], inputs[i]], 1).mT, torch.cat([chunk.d[i], g_z], 1))
-            g_z = g_zs[i - 1].addcmul_(g_in[i], chunk.slope[i - 1])
-        else:
-            g_at[0].baddbmm_(inputs[0].mT, g_z)
-    return g_in[0]
-
-
-def _raw_descent(
-    spec: MemorySpec, raw: Tensor, shifted: Tensor, v: Tensor, delta: Tensor | None, norm: Norm | None
-) -> Tensor:
-    """`raw_descent` in few operations, without a graph; `shifted` is k plus the norm's bias."""
-    if norm is None:
-        return output_descent(spec, raw, v, delta)
-    normal, mean, rstd = torch.native_layer_norm(raw, raw.shape[-1:], None, None, NORM_EPS)
-    h = output_descent(spec, torch.addcmul(shifted, normal, norm[0]), v, delta) * norm[0]
-    return _through_norm(h, raw, mean, rstd)
-
-
-def _raw_descent_backward(
-    spec: MemorySpec,
-    g: Tensor,
-    raw: Tensor,
-    k: Tensor,
-    v: Tensor,
-    descent: Tensor,
-    limit: tuple[Tensor, Tensor] | None,
-    norm: Norm | None,
-    g_k: Tensor,
-    g_v: Tensor,
-    g_norm: Norm | None,
-) -> Tensor:
-    """From the gradient g at `raw_descent`'s result to that at `raw`: a second derivative, written out.
-
-    With n = normal(raw), h = -gain dl/df and d = rstd (h - mean(h) - n mean(h n)) the descent: d depends on raw through
-    f(n) in h, through n beside it and through rstd. Gradients at the keys and the norm are added to g_k and g_norm,
-    those at the values and Huber's delta are set; `limit` is that delta with its gradient.
-    """
-    delta = None if limit is None else limit[0]
-    if norm is None or g_norm is None:
-        g_f, g_of_v, g_delta = pull_back(spec, g, raw, v, delta)
-        _set(g_v, g_of_v, limit, g_delta)
-        return g_f
-    gain, bias = norm
-    normal, mean, rstd = torch.native_layer_norm(raw, raw.shape[-1:], None, None, NORM_EPS)
-    f = torch.addcmul(k + bias, normal, gain)
-    outer = output_descent(spec, f, v, delta)
-    g_h = _through_norm(g, raw, mean, rstd)
-    g_f, g_of_v, g_delta = pull_back(spec, g_h * gain, f, v, delta)
-    _set(g_v, g_of_v, limit, g_delta)
-    g_k.add_(g_f)
-    g_norm[0].add_((g_h * outer).addcmul_(g_f, normal).sum(1, keepdim=True))
-    g_norm[1].add_(g_f.sum(1, keepdim=True))
-    h, mean_gn = outer * gain, (g * normal).mean(-1, keepdim=True)
-    mean_hn = (h * normal).mean(-1, keepdim=True)
-    g_normal = g_f.mul_(gain).sub_((g * mean_hn).addcmul_(h, mean_gn).mul_(rstd))
-    mean_gd = (g * descent).mean(-1, keepdim=True).mul_(rstd)
-    return _through_norm(g_normal, raw, mean, rstd).addcmul_(mean_gd, normal, value=-1)
-
-
-def _set(g_v: Tensor, g_of_v: Tensor, limit: tuple[Tensor, Tensor] | None, g_delta: Tensor | None) -> None:
-    g_v.copy_(g_of_v)
-    if limit is not None and g_delta is not None:
-        limit[1].copy_(g_delta)
-
-
-def _through_norm(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
-    """rstd (g - mean(g) - n mean(g n)), the LayerNorm's own backward."""
-    backward = torch.ops.aten.native_layer_norm_backward
-    return backward(grad, x, x.shape[-1:], mean, rstd, None, None, [True, False, False])[0]
+            z, a, slope, d_before, d, read, x_seen, score = (x[n] for x in each)
+            (own, cross, add_n, past_n), (g_own, g_cross, g_add_n, g_past_n) = gates[n], g_gates[n]
+            inputs, state = [each_k[n], *a], each_state[n]
+            g_d, g_in = [], []
+            for i, (slots, g_slots) in enumerate(zip(by_slot, g_by_slot, strict=True)):  # through the slots after it
+                g_d.append(torch.bmm(_gated(add_n, inputs[i]) if i else gated_k[n], g_states[i]))
+                g_in.append(_back_from_gated(add_n, inputs[i], torch.bmm(d[i], g_states[i].mT), g_add_n))
+                g_all, g_w = g_slots.all[0], g_slots.w[0]
+                g_own.add_(torch.linalg.vecdot(g_all, slots.all[n]).unsqueeze(-1))
+                if cross is None or g_cross is None:
+                    g_all.mul_(own)
+                else:
+                    g_cross.add_(torch.linalg.vecdot(g_w, slots.s[n]).unsqueeze(-1))
+                    own_w, own_s = own.unbind(1)
+                    g_slots.s[0].mul_(own_s).addcmul_(g_w, cross)
+                    g_w.mul_(own_w)
+            if each_g_y is not None:  # through the reads
+                xs, g_read = [each_q[n], *x_seen], each_g_y[n]
+                for i in range(depth - 1, -1, -1):
+                    g_x = _back_from_gated(past_n, xs[i], torch.bmm(g_read, state[i].mT), g_past_n)
+                    g_states[i].baddbmm_((_gated(past_n, xs[i]) if i else gated_q[n]).mT, g_read)
+                    if each_write is not None and each_g_write is not None:
+                        write_n, g_score = each_write[n], torch.bmm(g_read, d[i].mT)
+                        g_d[i].baddbmm_((score[i] * write_n).mT, g_read)
+                        each_g_write[n].addcmul_(g_score, score[i])
+                        g_score.mul_(write_n)
+                        g_x.baddbmm_(g_score, inputs[i])
+                        g_in[i].baddbmm_(g_score.mT, xs[i])
+                    g_read = activation.pull_back(g_x, read[i - 1]) if i else g_x
+                each_g_q[n].copy_(g_read)
+            # Through the gradients that were written: up through the deltas, then down through the network.
+            is_first = has_anchor and n == 0
+            at, g_at = (anchor, g_anchor) if is_first else (weights[n], g_weights)
+            g_pulled, g_zs = [], []
+            for i in range(1, depth):
+                g_zs.append((g_d[i - 1] * d_before[i - 1]).mul_(activation.curvature(z[i - 1])))
+                g_pulled.append(g_d[i - 1].mul_(slope[i - 1]))
+                g_d[i].baddbmm_(g_pulled[-1], at[i])
+            g_z = descent.back(n, g_d[-1])
+            for i in range(depth - 1, -1, -1):
+                g_in[i].baddbmm_(g_z, at[i].mT)
+                if i:
+                    left, right = torch.cat([g_pulled[i - 1], inputs[i]], 1), torch.cat([d[i], g_z], 1)
+                    g_at[i].add_(torch.bmm(left.mT, right))
+                    g_z = g_zs[i - 1].addcmul_(g_in[i], slope[i - 1])
+                else:
+                    g_at[0].add_(torch.bmm(inputs[0].mT, g_z))
+            each_g_k[n].copy_(g_in[0])
+        g_f, g_v, g_delta, g_norm = descent.gradients()
+        g_k = g_k if g_f is None else g_k.add_(g_f)
+        g_memories = [slot.contiguous() for layer in g_states for slot in layer.chunk(m, 1)]
+        of_gates = (g_keep, g_add, g_past, g_write, g_delta)
+        return (None, g_q, g_k, g_v, *of_gates, *(g_norm or (None, None)), *g_memories, *g_anchor)
 
 
 def _split(values: Any, *counts: int) -> list[list[Any]]:
@@ -354,34 +229,31 @@ def _each(layers: Tensors, chunks: int = 0) -> list[tuple[Tensor, ...]]:
     return list(zip(*(x.unbind(0) for x in layers), strict=True)) if layers else [()] * chunks
 
 
-def _chunk_gates(keep: Tensor, add: Tensor, past: Tensor) -> list[Tensor]:
-    """What a slot keeps of itself (N, G, m, 1), W takes of S (N, G, 1, 1), and add and past (N, G, b, m, 1)."""
+class _Slots:
+    """Per chunk, views of a layer's states (N, G, m d_in, d_out): all slots (G, m, L), and W and S of them (G, L)."""
+
+    def __init__(self, states: Tensor, m: int) -> None:
+        whole = states.view(*states.shape[:2], m, -1)
+        self.all, self.w, self.s = whole.unbind(0), whole[:, :, 0].unbind(0), whole[:, :, -1].unbind(0)
+
+
+def _gates(keep: Tensor, add: Tensor, past: Tensor) -> list[tuple[Tensor, Tensor | None, Tensor, Tensor]]:
+    """Per chunk what a slot keeps of itself (G, m, 1), W takes of S (G, 1), and add and past (G, b, m)."""
     own = keep.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
-    return [own, keep[..., 0, -1, None, None], add.unsqueeze(-1), past.unsqueeze(-1)]
+    cross = [None] * len(keep) if keep.shape[-1] == 1 else keep[..., 0, 1, None].unbind(0)
+    return list(zip(own.unbind(0), cross, add.unbind(0), past.unbind(0), strict=True))
 
 
 def _gated(gate: Tensor, x: Tensor) -> Tensor:
-    """x (G, b, d) once per slot, each times its gate (G, b, m, 1), side by side: (G, b, m d)."""
-    return (gate * x.unsqueeze(2)).flatten(2)
+    """x (..., b, d) once per slot, each times its gate (..., b, m), side by side: (..., b, m d)."""
+    return (gate.unsqueeze(-1) * x.unsqueeze(-2)).flatten(-2)
 
 
-def _back_from_gated(m: int, gate: Tensor, x: Tensor, grad: Tensor, g_gate: Tensor) -> Tensor:
+def _back_from_gated(gate: Tensor, x: Tensor, grad: Tensor, g_gate: Tensor) -> Tensor:
     """`grad` at `_gated`'s result -> gradient at x; that at the gate is added."""
-    by_slot = grad.unflatten(2, (m, -1))
-    g_gate.add_((by_slot * x.unsqueeze(2)).sum(-1, keepdim=True))
-    g_x = by_slot[:, :, 0] * gate[:, :, 0]
-    return g_x if m == 1 else g_x.addcmul_(by_slot[:, :, 1], gate[:, :, 1])
-
-
-def _mix(m: int, own: Tensor, cross: Tensor, state: Tensor, out: Tensor, width: int) -> None:
-    """The slots of a chunk's end before anything is added: W takes from W and S, S from itself alone."""
-    torch.mul(state.unflatten(1, (m, -1)).flatten(2), own, out=out.unflatten(1, (m, -1)).flatten(2))
-    if m > 1:
-        out[:, :width].addcmul_(state[:, width:], cross)
-
-
-def _mix_back(m: int, own: Tensor, cross: Tensor, grad: Tensor, out: Tensor, width: int) -> None:
-    """The adjoint of `_mix` at the state."""
-    torch.mul(grad.unflatten(1, (m, -1)).flatten(2), own, out=out.unflatten(1, (m, -1)).flatten(2))
-    if m > 1:
-        out[:, width:].addcmul_(grad[:, :width], cross)
+    m = gate.shape[-1]
+    by_slot, gates = grad.chunk(m, -1), gate.split(1, -1)
+    for g, of_gate in zip(by_slot, g_gate.unbind(-1), strict=True):
+        of_gate.add_(torch.linalg.vecdot(g, x))
+    g_x = by_slot[0] * gates[0]
+    return g_x if m == 1 else g_x.addcmul_(by_slot[1], gates[1])

@@ -17,7 +17,7 @@ from titans_dist.memory.state import MemoryState, initial_state
 from titans_dist.memory.tokens import Tokens
 
 READS = ("after", "before", "start")
-BACKENDS = ("torch", "recurrent")
+BACKENDS = ("torch", "compiled", "recurrent")
 
 
 def neural_memory(
@@ -60,7 +60,9 @@ def neural_memory(
     to the one before, as a multiple of that of the gradient at what this call returns; None keeps it exact. Over many
     chunks it can explode while every output is sound: the memory is then a chaotic system. A `StateGradClip` is shared
     by the calls that write one sequence.
-    backend: "torch", the chunked form; "recurrent", token by token: the definition, and the form for decoding.
+    backend: "torch", the chunked form; "compiled", the same through torch.compile, which what is not a plain memory
+    (MLP, l2 retention or none) of whole chunks does without; "recurrent", token by token: the definition, and the form
+    for decoding.
 
     Returns y (B, T, H, D) in q's dtype, and the state after the last token in float32 (float64 for float64 inputs).
     Differentiable in every input. Raises ValueError for shapes, types or choices that do not fit.
@@ -90,7 +92,7 @@ def neural_memory(
         clip, is_own = state_grad_clip, False
         if clip is not None and not isinstance(clip, StateGradClip):
             clip, is_own = StateGradClip(clip), True
-        y, after = dual_form(spec, tokens, norm, now, begin, chunk_size, read, recompute, clip)
+        y, after = dual_form(spec, tokens, norm, now, begin, chunk_size, read, recompute, clip, backend == "compiled")
         if clip is not None and is_own:
             y, *ends = clip.results(y, *after.weights, *after.momentum)
             after = replace(after, weights=ends[: spec.depth], momentum=ends[spec.depth :])

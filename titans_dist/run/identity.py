@@ -13,7 +13,10 @@ IDENTITY = (
     *("training.seed", "training.global_batch_size", "training.carry_state"),
 )
 # What says how the model is computed, or only helped to work out its width.
-FREE = ("model.memory.recompute", "model.memory.state_grad_clip", "model.parameters")
+FREE = (
+    *("model.memory.recompute", "model.memory.state_grad_clip", "model.memory.backend"),
+    "model.parameters",
+)
 
 
 def identity(config: Config, fingerprint: str) -> dict[str, Any]:

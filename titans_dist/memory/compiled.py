@@ -1,0 +1,101 @@
+"""The plain memories through torch.compile: one compiled function per chunk, and autograd goes through it.
+
+The same numbers as `fused`, faster once it is compiled. That takes half a minute for each new shape, or some seconds
+where torch's cache on disk has it, and on CPUs a C++ compiler.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from titans_dist.memory.activations import ACTIVATIONS
+from titans_dist.memory.gates import ChunkGates
+from titans_dist.memory.network import Norm, output, raw_descent
+from titans_dist.memory.spec import MemorySpec
+from titans_dist.memory.writes import Carry, Pairs
+
+
+def write_and_read(
+    spec: MemorySpec, q: Tensor, pairs: Pairs, gates: ChunkGates, seen: ChunkGates, norm: Norm | None, carry: Carry
+) -> tuple[Tensor, Carry]:
+    """f(W_t; q_t) for q (N, G, b, D), and the memory after all chunks, from a state between two chunks.
+
+    For the memories of `fused.write_and_read`.
+    """
+    chunk, m = _compiled_chunk(spec), len(carry.slots[0])
+    states = [torch.cat(layer, 1) for layer in carry.slots]
+    tensors = (q, pairs.k, pairs.v, pairs.delta, gates.keep, gates.add, seen.past, seen.write)
+    each = [[None] * len(q) if x is None else x.unbind(0) for x in tensors]
+    outputs = []
+    for arguments in zip(*each, strict=True):
+        y, states = chunk(*arguments, norm, states)
+        outputs.append(y)
+    return torch.stack(outputs), Carry([list(x.chunk(m, 1)) for x in states], None, None, 0)
+
+
+@functools.cache
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, compiled for each shape it is given; the same for all layers."""
+    return torch.compile(function, dynamic=False)
+
+
+@functools.cache
+def _compiled_chunk(spec: MemorySpec) -> Callable[..., tuple[Tensor, list[Tensor]]]:
+    return torch.compile(functools.partial(_chunk, spec), dynamic=False)
+
+
+def _chunk(
+    spec: MemorySpec,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    delta: Tensor | None,
+    keep: Tensor,
+    add: Tensor,
+    past: Tensor,
+    write: Tensor | None,
+    norm: Norm | None,
+    states: list[Tensor],
+) -> tuple[Tensor, list[Tensor]]:
+    """One chunk's writes and reads; q, k, v (G, b, D), gates as `ChunkGates` has them, states (G, m d_in, d_out).
+
+    The slots of a layer lie below each other: what acts on all of them is one product.
+    """
+    m, weights = keep.shape[-1], [x.chunk(keep.shape[-1], 1)[0] for x in states]
+    inputs, slopes = [k], []
+    for w in weights[:-1]:
+        a, slope = _with_slope(spec.activation, inputs[-1] @ w)
+        inputs.append(a)
+        slopes.append(slope)
+    deltas = [raw_descent(spec, inputs[-1] @ weights[-1], k, v, delta, norm)]
+    for w, slope in zip(weights[:0:-1], slopes[::-1], strict=True):
+        deltas.append((deltas[-1] @ w.mT) * slope)
+    x, after = q, []
+    for i, (state, a, d) in enumerate(zip(states, inputs, deltas[::-1], strict=True)):
+        if i:
+            x = _with_slope(spec.activation, x)[0]
+        z = _gated(past, x) @ state
+        x = z if write is None else z + (write * (x @ a.mT)) @ d
+        slots = state.unflatten(1, (m, -1))
+        mixed = [sum(keep[:, r, c, None, None] * slots[:, c] for c in range(r, m)) for r in range(m)]
+        after.append((torch.stack(mixed, 1) + (_gated(add, a).mT @ d).view_as(slots)).flatten(1, 2))
+    return output(spec, q, x, norm), after
+
+
+def _gated(gate: Tensor, x: Tensor) -> Tensor:
+    """x (G, b, d) once per slot, each times its gate (G, b, m), side by side: (G, b, m d)."""
+    return (gate.unsqueeze(-1) * x.unsqueeze(-2)).flatten(-2)
+
+
+def _with_slope(name: str, z: Tensor) -> tuple[Tensor, Tensor]:
+    """act(z) and act'(z), in operations that the compiler sees through."""
+    if name != "gelu":
+        return ACTIVATIONS[name].with_slope(z)
+    below = 0.5 * (1 + torch.erf(z * math.sqrt(0.5)))
+    return z * below, below + z * torch.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
