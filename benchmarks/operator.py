@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -245,47 +244,38 @@ def operators_table(args: argparse.Namespace) -> None:
 
 
 def growth_table(args: argparse.Namespace) -> None:
-    """Time per token and peak memory as T grows, each point in a process of its own."""
-    rows, first = [], {}
+    """Time per token and peak memory of one forward and backward as T grows."""
+    rows, args.batch, spec = [], 1, MemorySpec(depth=args.depth, expansion=args.expansion)
     for recompute in (False, True):
+        calls = []
         for length in args.lengths:
-            command = [sys.executable, __file__, "--point", str(length), *(["--recompute"] if recompute else [])]
-            for name in ("heads", "head-dim", "depth", "expansion", "chunk-size", "threads", "runs", "device"):
-                command += [f"--{name}", str(getattr(args, name.replace("-", "_")))]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                sys.exit(done.stderr)
-            per_token, peak = map(float, done.stdout.split())
-            first.setdefault(recompute, (per_token, peak / length))
+            args.length = length
+            calls.append(operator(args, spec, recompute=recompute))
+        times = taking_turns(calls, args.runs)
+        per_token = [statistics.median(t) / length for t, length in zip(times, args.lengths, strict=True)]
+        for length, call, seconds in zip(args.lengths, calls, per_token, strict=True):
+            peak = peak_bytes(call) if args.device == "cpu" else peak_bytes_of_gpu(call)
             rows.append(
                 [
                     "states recomputed" if recompute else "all kept",
                     f"{length:,}",
-                    f"{per_token * 1e6:.1f}",
-                    f"{per_token / first[recompute][0]:.2f}",
+                    f"{seconds * 1e6:.1f}",
+                    f"{seconds / per_token[0]:.2f}",
                     f"{peak / 2**20:,.0f}",
                     f"{peak / length / 1024:.1f}",
                 ]
             )
     columns = ["for the backward pass", "T", "us per token", "relative", "peak MiB", "KiB per token"]
-    args.batch, args.length = 1, "below"
+    args.length = "below"
     show(f"Growth with T, forward + backward of the operator: {sizes(args)}", columns, rows)
 
 
-def point(args: argparse.Namespace) -> None:
-    """One row of the growth table: seconds per token and bytes at the peak of one forward and backward."""
-    args.batch, args.length = 1, args.point
-    call = operator(args, MemorySpec(depth=args.depth, expansion=args.expansion), recompute=args.recompute)
-    if args.device == "cpu":
-        peak = peak_bytes(call)
-    else:
-        call()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        peak = torch.cuda.max_memory_allocated() - before
-    times = taking_turns([call], args.runs)[0]
-    print(min(times) / args.length, peak)
+def peak_bytes_of_gpu(call: Call) -> int:
+    """Most bytes of new tensors alive at once during `call` on the GPU."""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def peak_bytes(call: Call) -> int:
@@ -308,12 +298,8 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="*", default=LENGTHS, help="T of the growth table")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--recompute", action="store_true", help="keep only some states for the backward pass")
-    parser.add_argument("--point", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    if args.point:
-        point(args)
-        return
     layers_table(args)
     operators_table(args)
     if args.lengths:

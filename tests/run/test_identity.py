@@ -52,6 +52,7 @@ def test_the_identity_is_flat_and_survives_json() -> None:
         {"cluster__threads": 4},
         {"model__memory__recompute": False},
         {"model__memory__state_grad_clip": None},
+        {"model__memory__backend": "compiled"},
         {"model__memory__depth": 2},  # what it was, by name of the preset
         {"model__intermediate_size": 512},  # the same
     ],

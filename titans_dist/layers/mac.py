@@ -87,7 +87,7 @@ class MemoryAsContext(nn.Module):
         begin = self.memory.begin(persistent)[1] if state is None or starts is not None else None
         now = self._begin(begin, x.shape[0]) if state is None else state
         prefix = self.attention.prefix(persistent)
-        clip = None if self.state_grad_clip is None else StateGradClip(self.state_grad_clip)
+        clip = None if self.state_grad_clip is None else StateGradClip(self.state_grad_clip, is_shared=True)
         outputs = []
         first = 0
         while first < x.shape[1]:

@@ -51,9 +51,10 @@ def dual_form(
     batch, length, heads = tokens.q.shape[:3]
     carry, start_slots = _to_carry(state), _to_carry(start).slots
     begins = None if tokens.starts is None else tokens.starts.any(0).tolist()
-    clip = clip if torch.is_grad_enabled() else None
     outputs = []
     for begin, chunks, size in _pieces(length, state.position, chunk_size):
+        if clip is not None and (begin or clip.is_shared):
+            carry.slots = clip.slots(carry.slots)
         part = tokens.part(begin, begin + chunks * size)
         if begins is not None and not any(begins[begin : begin + chunks * size]):
             part.starts = None  # the common case is the cheap one
@@ -63,8 +64,6 @@ def dual_form(
         else:
             y, carry = _group(*arguments)
         outputs.append(y)
-        if clip is not None:
-            carry.slots = clip.slots(carry.slots)
     return torch.cat(outputs, 1), _from_carry(carry, batch, heads)
 
 

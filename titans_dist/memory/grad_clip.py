@@ -13,11 +13,11 @@ class StateGradClip:
 
     Both are norms of one row (one head of one sequence), over all that the state holds and over all outputs: neither
     the scale of the loss nor the other rows of the batch matter. Where a sequence is written in several calls, one
-    clip is for all of them: a call whose own outputs nobody reads still hands on what later outputs ask for.
+    clip is shared by all of them: a call whose own outputs nobody reads still hands on what later outputs ask for.
     """
 
-    def __init__(self, limit: float) -> None:
-        self.limit = limit
+    def __init__(self, limit: float, is_shared: bool = False) -> None:
+        self.limit, self.is_shared = limit, is_shared
         self.largest: Tensor | None = None  # (B H,); known once the gradient at the results is, which comes first
 
     def results(self, y: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
