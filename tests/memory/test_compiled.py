@@ -18,9 +18,9 @@ SPECS = {
 
 
 def gradients(spec: MemorySpec, case: Case, **options: object) -> list[Tensor]:
-    """The outputs in two calls, the second from within a chunk, the last state and all gradients."""
-    y, state = operator(spec, case.part(0, 14), 4, **options)
-    z, state = operator(spec, case.part(14, None), 4, state=state, **options)
+    """Outputs of two calls, one of five chunks and a half and one from there on, the last state, and all gradients."""
+    y, state = operator(spec, case.part(0, 22), 4, **options)
+    z, state = operator(spec, case.part(22, None), 4, state=state, **options)
     ends = [*state.weights, *state.momentum]
     loss = sum((x * torch.linspace(1, 2, x.numel(), dtype=x.dtype).view_as(x)).sum() for x in (y, z, *ends))
     grads = torch.autograd.grad(loss, case.tensors(), allow_unused=True)  # type: ignore[arg-type]
@@ -30,7 +30,7 @@ def gradients(spec: MemorySpec, case: Case, **options: object) -> list[Tensor]:
 @pytest.mark.parametrize("name", SPECS)
 def test_it_is_the_definition(name: str) -> None:
     spec, read = SPECS[name]
-    case = random_case(spec, 2, 27, 2, 4, seed=40)
+    case = random_case(spec, 2, 29, 2, 4, seed=40)
     found = gradients(spec, case, read=read, backend="compiled")
     expected = gradients(spec, case, read=read, backend="recurrent")
     assert len(found) == len(expected)
