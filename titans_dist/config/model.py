@@ -72,7 +72,7 @@ class MemoryConfig:
     one before, as a multiple of that at its outputs, > 0: over long sequences it can explode although all outputs are
     sound. Ratios of 3 to 400 are usual. null: exact."""
     backend: str = "torch"
-    """How it is computed: torch, or compiled, the same through torch.compile: faster, after up to half a minute of
+    """How it is computed: torch, or compiled, the same through torch.compile: faster, after up to a minute of
     compiling for each shape; on CPUs that takes a C++ compiler."""
     global_chunk_size: int | None = None
     """Chunk of the global memory of TNT, a multiple of chunk_size. Unset: no global memory, so no TNT."""

@@ -1,6 +1,6 @@
 """The plain memories through torch.compile: one compiled function for some chunks, and autograd goes through it.
 
-The same numbers as `fused`, faster once it is compiled. That takes half a minute for each new shape, or some seconds
+The same numbers as `fused`, faster once it is compiled. That takes up to a minute for each new shape, or some seconds
 where torch's cache on disk has it, and on CPUs a C++ compiler.
 """
 
