@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from titans_dist.memory.activations import ACTIVATIONS
+from titans_dist.memory.fused import gated
 from titans_dist.memory.gates import ChunkGates
 from titans_dist.memory.network import Norm, output, raw_descent
 from titans_dist.memory.spec import MemorySpec
@@ -95,17 +96,12 @@ def _chunk(
     for i, (state, a, d) in enumerate(zip(states, inputs, deltas[::-1], strict=True)):
         if i:
             x = _with_slope(spec.activation, x)[0]
-        z = _gated(past, x) @ state
+        z = gated(past, x) @ state
         x = z if write is None else z + (write * (x @ a.mT)) @ d
         slots = state.unflatten(1, (m, -1))
         mixed = [sum(keep[:, r, c, None, None] * slots[:, c] for c in range(r, m)) for r in range(m)]
-        after.append((torch.stack(mixed, 1) + (_gated(add, a).mT @ d).view_as(slots)).flatten(1, 2))
+        after.append((torch.stack(mixed, 1) + (gated(add, a).mT @ d).view_as(slots)).flatten(1, 2))
     return output(spec, q, x, norm), after
-
-
-def _gated(gate: Tensor, x: Tensor) -> Tensor:
-    """x (G, b, d) once per slot, each times its gate (G, b, m), side by side: (G, b, m d)."""
-    return (gate.unsqueeze(-1) * x.unsqueeze(-2)).flatten(-2)
 
 
 def _with_slope(name: str, z: Tensor) -> tuple[Tensor, Tensor]:

@@ -91,7 +91,7 @@ class _Chunks(torch.autograd.Function):
         ones = [k.new_ones(rows, size, width) for width in d_outs[:-1]]
         gates, each_state, by_slot = _gates(keep, add, past), _each(states), [_Slots(x, m) for x in states]
         weights, each_q, each_k, each_v = _each([x.chunk(m, 2)[0] for x in states]), *(x.unbind(0) for x in (q, k, v))
-        gated_k, gated_q = _gated(add, k).unbind(0), _gated(past, q).unbind(0)
+        gated_k, gated_q = gated(add, k).unbind(0), gated(past, q).unbind(0)
         each_write, each_delta = (None if x is None else x.unbind(0) for x in (write, delta))
         each = [_each(x, chunks) for x in (zs, hidden, slopes, pulled, ds, reads, seen, scores)]
         for n, (own, cross, add_n, past_n) in enumerate(gates):
@@ -112,8 +112,8 @@ class _Chunks(torch.autograd.Function):
                 torch.mul(views.all[n], own, out=views.all[n + 1])
                 if cross is not None:
                     views.w[n + 1].addcmul_(views.s[n], cross)
-                after[i].baddbmm_((_gated(add_n, inputs[i]) if i else gated_k[n]).mT, d[i])
-                torch.bmm(_gated(past_n, x) if i else gated_q[n], state[i], out=read[i])
+                after[i].baddbmm_((gated(add_n, inputs[i]) if i else gated_k[n]).mT, d[i])
+                torch.bmm(gated(past_n, x) if i else gated_q[n], state[i], out=read[i])
                 if each_write is not None:
                     read[i].baddbmm_(torch.bmm(x, inputs[i].mT, out=score[i]) * each_write[n], d[i])
                 if i + 1 < depth:
@@ -151,7 +151,7 @@ class _Chunks(torch.autograd.Function):
         weights, each_state = _each([x.chunk(m, 2)[0] for x in states]), _each(states)
         each = [_each(x, chunks) for x in (zs, hidden, slopes, pulled, ds, reads, seen, scores)]
         each_q, each_k, each_write = q.unbind(0), k.unbind(0), None if write is None else write.unbind(0)
-        gated_k, gated_q = _gated(add, k).unbind(0), _gated(past, q).unbind(0)
+        gated_k, gated_q = gated(add, k).unbind(0), gated(past, q).unbind(0)
         descent = Descent(spec, zs[-1], ds[-1], k, v, delta, norm)
         g_q, g_k = torch.zeros_like(q), torch.empty_like(k)
         g_keep, g_add, g_past = torch.zeros_like(keep), torch.zeros_like(add), torch.zeros_like(past)
@@ -165,7 +165,7 @@ class _Chunks(torch.autograd.Function):
             inputs, state = [each_k[n], *a], each_state[n]
             g_d, g_in = [], []
             for i, (slots, g_slots) in enumerate(zip(by_slot, g_by_slot, strict=True)):  # through the slots after it
-                g_d.append(torch.bmm(_gated(add_n, inputs[i]) if i else gated_k[n], g_states[i]))
+                g_d.append(torch.bmm(gated(add_n, inputs[i]) if i else gated_k[n], g_states[i]))
                 g_in.append(_back_from_gated(add_n, inputs[i], torch.bmm(d[i], g_states[i].mT), g_add_n))
                 g_all, g_w = g_slots.all[0], g_slots.w[0]
                 g_own.add_(torch.linalg.vecdot(g_all, slots.all[n]).unsqueeze(-1))
@@ -180,7 +180,7 @@ class _Chunks(torch.autograd.Function):
                 xs, g_read = [each_q[n], *x_seen], each_g_y[n]
                 for i in range(depth - 1, -1, -1):
                     g_x = _back_from_gated(past_n, xs[i], torch.bmm(g_read, state[i].mT), g_past_n)
-                    g_states[i].baddbmm_((_gated(past_n, xs[i]) if i else gated_q[n]).mT, g_read)
+                    g_states[i].baddbmm_((gated(past_n, xs[i]) if i else gated_q[n]).mT, g_read)
                     if each_write is not None and each_g_write is not None:
                         write_n, g_score = each_write[n], torch.bmm(g_read, d[i].mT)
                         g_d[i].baddbmm_((score[i] * write_n).mT, g_read)
@@ -244,13 +244,13 @@ def _gates(keep: Tensor, add: Tensor, past: Tensor) -> list[tuple[Tensor, Tensor
     return list(zip(own.unbind(0), cross, add.unbind(0), past.unbind(0), strict=True))
 
 
-def _gated(gate: Tensor, x: Tensor) -> Tensor:
+def gated(gate: Tensor, x: Tensor) -> Tensor:
     """x (..., b, d) once per slot, each times its gate (..., b, m), side by side: (..., b, m d)."""
     return (gate.unsqueeze(-1) * x.unsqueeze(-2)).flatten(-2)
 
 
 def _back_from_gated(gate: Tensor, x: Tensor, grad: Tensor, g_gate: Tensor) -> Tensor:
-    """`grad` at `_gated`'s result -> gradient at x; that at the gate is added."""
+    """`grad` at `gated`'s result -> gradient at x; that at the gate is added."""
     m = gate.shape[-1]
     by_slot, gates = grad.chunk(m, -1), gate.split(1, -1)
     for g, of_gate in zip(by_slot, g_gate.unbind(-1), strict=True):
