@@ -17,7 +17,7 @@ from torch import Tensor
 from titans_dist.memory.activations import ACTIVATIONS
 from titans_dist.memory.fused import gated
 from titans_dist.memory.gates import ChunkGates
-from titans_dist.memory.network import Norm, output, raw_descent
+from titans_dist.memory.network import Norm, descent, output
 from titans_dist.memory.spec import MemorySpec
 from titans_dist.memory.writes import Carry, Pairs
 
@@ -84,18 +84,12 @@ def _chunk(
     The slots of a layer lie below each other: what acts on all of them is one product.
     """
     m, weights = keep.shape[-1], [x.chunk(keep.shape[-1], 1)[0] for x in states]
-    inputs, slopes = [k], []
-    for w in weights[:-1]:
-        a, slope = _with_slope(spec.activation, inputs[-1] @ w)
-        inputs.append(a)
-        slopes.append(slope)
-    deltas = [raw_descent(spec, inputs[-1] @ weights[-1], k, v, delta, norm)]
-    for w, slope in zip(weights[:0:-1], slopes[::-1], strict=True):
-        deltas.append((deltas[-1] @ w.mT) * slope)
+    with_slope = _gelu if spec.activation == "gelu" else ACTIVATIONS[spec.activation].with_slope
+    inputs, deltas = descent(spec, weights, k, v, delta, norm, with_slope)
     x, after = q, []
-    for i, (state, a, d) in enumerate(zip(states, inputs, deltas[::-1], strict=True)):
+    for i, (state, a, d) in enumerate(zip(states, inputs, deltas, strict=True)):
         if i:
-            x = _with_slope(spec.activation, x)[0]
+            x = with_slope(x)[0]
         z = gated(past, x) @ state
         x = z if write is None else z + (write * (x @ a.mT)) @ d
         slots = state.unflatten(1, (m, -1))
@@ -104,9 +98,7 @@ def _chunk(
     return output(spec, q, x, norm), after
 
 
-def _with_slope(name: str, z: Tensor) -> tuple[Tensor, Tensor]:
-    """act(z) and act'(z), in operations that the compiler sees through."""
-    if name != "gelu":
-        return ACTIVATIONS[name].with_slope(z)
+def _gelu(z: Tensor) -> tuple[Tensor, Tensor]:
+    """gelu(z) and its slope, in operations that the compiler sees through."""
     below = 0.5 * (1 + torch.erf(z * math.sqrt(0.5)))
     return z * below, below + z * torch.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)

@@ -6,6 +6,8 @@ all of it. The sign is that of a write: what the memory adds, not what it would 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -16,6 +18,7 @@ from titans_dist.memory.spec import MemorySpec
 
 NORM_EPS = 1e-6
 Norm = tuple[Tensor, Tensor]
+WithSlope = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 def layer_norm(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -67,9 +70,13 @@ def descent(
     v: Tensor,
     delta: Tensor | None,
     norm: Norm | None,
+    with_slope: WithSlope | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Inputs a_{l-1} (..., n, d_in) and deltas -dl/dz_l (..., n, d_out) of every layer for n pairs (k, v)."""
-    with_slope = ACTIVATIONS[spec.activation].with_slope
+    """Inputs a_{l-1} (..., n, d_in) and deltas -dl/dz_l (..., n, d_out) of every layer for n pairs (k, v).
+
+    with_slope: another way to work out what the activation's own does.
+    """
+    with_slope = with_slope or ACTIVATIONS[spec.activation].with_slope
     inputs, slopes = [k], []
     for w in weights[:-1]:
         a, slope = with_slope(inputs[-1] @ w)
