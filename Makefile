@@ -4,15 +4,18 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.installed
 
-.PHONY: help train test lint recall clean
+.PHONY: help train test matrix lint recall clean
 help:  ## What can be made
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
 
 train: $(READY)  ## Train a small Titans model: prepare, train, kill, resume, evaluate
 	$(BIN)/titans-dist quickstart
 
-test: $(READY) lint  ## Check the code and run the whole test suite
-	$(BIN)/python -m pytest
+test: $(READY) lint  ## Check the code and run the test suite, but for the whole matrix of models and layouts
+	$(BIN)/python -m pytest -m "not matrix"
+
+matrix: $(READY)  ## Every model on every layout equals one process: 20 minutes at most
+	$(BIN)/python -m pytest tests/parallel -m matrix
 
 recall: $(READY)  ## Which models recall what lies beyond the reach of attention: a table and a plot, 30 minutes at most
 	$(BIN)/python benchmarks/recall.py

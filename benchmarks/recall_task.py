@@ -80,14 +80,14 @@ def reach() -> int:
 # keys too.
 _TITANS = {
     "persistent_tokens": 4,
-    "memory": {"preset": "titans", "expansion": 2, "chunk_size": CHUNK, "theta_max": 1.6 / CHUNK, "recompute": False},
+    "memory": {"preset": "titans", "expansion": 2, "chunk_size": CHUNK, "theta_max": 1.6 / CHUNK},
 }
 MODELS: dict[str, tuple[str, dict]] = {
     "lmm": ("Titans LMM", _TITANS),
     "mac": ("Titans MAC", _TITANS),
     "mag": ("Titans MAG", _TITANS),
     "mal": ("Titans MAL", _TITANS),
-    "gated_deltanet": ("Gated DeltaNet", {"persistent_tokens": 0, "memory": {"chunk_size": 16, "recompute": False}}),
+    "gated_deltanet": ("Gated DeltaNet", {"persistent_tokens": 0, "memory": {"chunk_size": 16}}),
     "transformer": ("Transformer++, full attention", {"persistent_tokens": 0}),
     "swa": ("SWA only, the control", {"persistent_tokens": 0}),
 }

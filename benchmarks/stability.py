@@ -140,9 +140,9 @@ def train(net: LanguageModel, case: Case, length: int, steps: int, lr: float, de
         loss = F.cross_entropy(logits.flatten(0, 1).float(), x[:, 1:].flatten())
         first = loss.item() if step == 0 else first
         if not math.isfinite(loss.item()):
-            found = first_output(net, lambda x=x: net(x[:, :-1]))  # type: ignore[misc]
+            found = first_output([net], lambda x=x: net(x[:, :-1]))  # type: ignore[misc]
             return ended(
-                f"step {step + 1}: loss {loss.item()}, from {found[1] if found else 'the loss itself'}", step + 1
+                f"step {step + 1}: loss {loss.item()}, from {found[2] if found else 'the loss itself'}", step + 1
             )
         net.zero_grad()
         loss.backward()

@@ -12,7 +12,7 @@ from typing import Any
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Always print how many tests were skipped, and why."""
+    """Always print how many tests were skipped or left out, and why."""
     reasons: Counter[str] = Counter()
     for report in terminalreporter.stats.get("skipped", []):
         text = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
@@ -20,6 +20,9 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     terminalreporter.write_line(f"skipped tests: {sum(reasons.values())}")
     for reason, count in reasons.most_common():
         terminalreporter.write_line(f"  {count} x {reason}")
+    left_out = terminalreporter.stats.get("deselected", [])
+    if left_out:
+        terminalreporter.write_line(f"left out by -m or -k: {len(left_out)}")
 
 
 # A shell starts its background jobs with SIGINT ignored, and their children inherit that: Ctrl-C could not be tested.

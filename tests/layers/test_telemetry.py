@@ -39,7 +39,7 @@ def tokens(length: int = LENGTH) -> Tensor:
 def watched(model: LanguageModel, x: Tensor) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
     """What telemetry says, and the arguments and results of each memory's last call, by path."""
     seen: dict[str, dict[str, Any]] = {}
-    real = InnerMemory._write
+    real = InnerMemory.forward
 
     def write(self: InnerMemory, *args: Any, **named: Any) -> Any:
         result = real(self, *args, **named)
@@ -48,7 +48,7 @@ def watched(model: LanguageModel, x: Tensor) -> tuple[dict[str, dict[str, Any]],
         return result
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(InnerMemory, "_write", write)
+        patch.setattr(InnerMemory, "forward", write)
         with collect() as records:
             model(x)
     return records.summary(model), seen

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
+from statistics import median
 
 import psutil
 import pytest
@@ -41,5 +42,5 @@ def test_a_million_tokens_in_constant_memory(variant: str) -> None:
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         resident = pool.submit(resident_memory, variant).result()
     assert CALL * len(resident) > 1_000_000
-    settled = max(resident[: CALLS // 4])
-    assert max(resident) < settled + 20e6  # the keys and values of a million tokens would be 64 MB
+    # Single calls differ by what the allocator keeps. The keys and values of a million tokens would be 64 MB.
+    assert median(resident[-CALLS // 4 :]) < median(resident[: CALLS // 4]) + 20e6

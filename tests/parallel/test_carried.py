@@ -160,7 +160,7 @@ def test_bfloat16_carries_its_memory_in_float32() -> None:
         engine = started(config)
         losses = take(engine, config, range(STEPS))
         assert losses == pytest.approx(one_process(configured()), rel=2e-2)
-        return {name: value.dtype for name, value in flatten(engine.carried[0]).items() if value.dim()}
+        return {name: value.dtype for name, value in flatten(engine.carried[0][0]).items() if value.dim()}
 
     found = run_distributed(dtypes, 1)[0]
     assert found["layers.0.memory.memory.weights.0"] == torch.float32
@@ -200,7 +200,7 @@ def save_half_way(rank: int, world: int, config: Config, root: Path) -> tuple[li
     losses = take(engine, config, range(3))
     assert sharded.save(Store(root), 3, engine.sharded_state(), {}, keep=2).error is None
     losses += take(engine, config, range(3, STEPS))
-    return losses, flatten(engine.carried[0])
+    return losses, flatten(engine.carried[0][0])
 
 
 def go_on(rank: int, world: int, config: Config, root: Path) -> tuple[list[float], dict[str, Tensor]]:
@@ -209,7 +209,7 @@ def go_on(rank: int, world: int, config: Config, root: Path) -> tuple[list[float
     take(engine, config, range(1))  # leaves something to overwrite
     engine.load(sharded.load(Store(root), 3, engine.sharded_state(is_loading=True)), 3)
     losses = take(engine, config, range(3, STEPS))
-    return losses, flatten(engine.carried[0])
+    return losses, flatten(engine.carried[0][0])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

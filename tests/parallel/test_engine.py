@@ -89,7 +89,7 @@ def train_rank(rank: int, world: int, config: Config) -> tuple[Any, ...]:
         assert result.lr == pytest.approx(learning_rate(step + 1))
     parts = {
         name: (value.detach(), value.partition_dim if value.tensor_model_parallel else None)  # type: ignore[attr-defined]
-        for name, value in engine.stage.model.named_parameters()
+        for name, value in engine.stages[0].model.named_parameters()
     }
     return history, parts, parallel_state.get_tensor_model_parallel_rank()
 

@@ -50,7 +50,7 @@ def test_the_identity_is_flat_and_survives_json() -> None:
         {"data__workers": 2},
         {"run_dir": "moved/run"},
         {"cluster__threads": 4},
-        {"model__memory__recompute": False},
+        {"training__recompute": "full"},
         {"model__memory__state_grad_clip": None},
         {"model__memory__backend": "compiled"},
         {"model__memory__depth": 2},  # what it was, by name of the preset

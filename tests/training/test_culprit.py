@@ -41,7 +41,7 @@ def poison(rank: int, path: str, what: str) -> Before:
 
         def step(engine: Engine, batches: list[Any]) -> StepResult:
             if next(numbers) == STEP and here == rank:
-                engine.stage.model.get_submodule(path).register_forward_hook(spoil)
+                engine.stages[0].model.get_submodule(path).register_forward_hook(spoil)
             return take(engine, batches)
 
         mock.patch.object(Engine, "step", step).start()
@@ -97,13 +97,13 @@ def test_a_failed_step_changes_no_parameter() -> None:
         engine = Engine(CONFIG, torch.device("cpu"))
         micro_batches = [{"tokens": rows(0)}]
         engine.step(micro_batches)
-        before = [value.detach().clone() for value in engine.stage.model.parameters()]
-        hook = engine.stage.model.embedding.register_forward_hook(lambda module, inputs, y: y * math.nan)
+        before = [value.detach().clone() for value in engine.stages[0].model.parameters()]
+        hook = engine.stages[0].model.embedding.register_forward_hook(lambda module, inputs, y: y * math.nan)
         assert math.isnan(engine.step(micro_batches).grad_norm)
-        assert all(map(torch.equal, before, engine.stage.model.parameters()))
+        assert all(map(torch.equal, before, engine.stages[0].model.parameters()))
         hook.remove()
         engine.step(micro_batches)  # goes on from moments that are as sound as the parameters
-        return all(value.isfinite().all() for value in engine.stage.model.parameters())
+        return all(value.isfinite().all() for value in engine.stages[0].model.parameters())
 
     from tests.distributed import run_distributed
 

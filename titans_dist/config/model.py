@@ -64,9 +64,6 @@ class MemoryConfig:
     theta_max: float | None = None
     """Largest inner learning rate, > 0. Unset: 1 / chunk_size, so that a chunk of equal keys moves the memory by about
     one step; for the linear recurrences the one that makes them what they are, 1/2."""
-    recompute: bool = True
-    """Whether the memory at each chunk's start is computed again in the backward pass instead of kept: slower, but
-    the memory a long sequence takes stays small."""
     state_grad_clip: float | None = 1000.0
     """Largest norm, per sequence and head, of the gradient that the memory sends back from one group of chunks to the
     one before, as a multiple of that at its outputs, > 0: over long sequences it can explode although all outputs are

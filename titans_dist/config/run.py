@@ -17,6 +17,20 @@ class ParallelConfig:
     """Processes that share every layer (tensor parallel), >= 1; divides heads, MLP width and vocabulary."""
     sequence: bool = True
     """Whether norms and residuals are split along the sequence between tensor-parallel processes."""
+    pipeline: int = 1
+    """Stages, one after the other, into which the blocks are divided (pipeline parallel), >= 1."""
+    virtual: int = 1
+    """Parts of the model that every stage holds (interleaved), >= 1; more make the pipeline's bubble smaller."""
+    layers: list[int] | None = None
+    """Blocks of each of the pipeline x virtual parts, in the order of the model. Unset: as even as can be."""
+    context: int = 1
+    """Processes that share every sequence (context parallel), >= 1; each holds as many tokens."""
+    context_mode: str = "auto"
+    """How the memory crosses from one share of a sequence to the next: heads (whole sequences of some heads), ring
+    (the state is handed on), scan (affine memories alone) or auto: heads where they divide, else ring."""
+    context_groups: int | None = None
+    """Groups of sequences and heads that follow each other round the ring, >= 1; more make its bubble smaller and the
+    matrix products too. Unset: twice as many as processes, where there are as many sequences and heads."""
     data: int | None = None
     """Copies of the model that share the batch, >= 1. Unset: as many as the launched processes allow, else 1."""
 
@@ -90,6 +104,16 @@ class TrainingConfig:
     carry_state: bool = False
     """Whether sequences go on where those of the step before ended, with memory and attention carried over until the
     document ends (truncated backpropagation): every document is read whole, however long. Needs documents=packed."""
+    engine: str = "megatron"
+    """What runs the step: megatron (any layout) or deepspeed (ZeRO; no pipeline)."""
+    zero_stage: int = 1
+    """What engine=deepspeed splits between data-parallel processes: nothing (0), optimizer state (1), also gradients
+    (2), also parameters (3). engine=megatron always splits the optimizer state."""
+    offload: bool = False
+    """Whether engine=deepspeed keeps the optimizer state in the memory of the CPU; needs zero_stage 1 or more."""
+    recompute: str = "selective"
+    """What the backward pass works out again instead of keeping it: none; the memory's states inside each group of
+    chunks (selective), so that the memory a long sequence takes stays small; or whole blocks (full)."""
     precision: str = "float32"
     """Parameters and activations: float32 or bfloat16 (with float32 master weights, gradients and memory state)."""
     device: str = "auto"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from titans_dist.config.architecture import validate_model
-from titans_dist.config.checks import at_least, between, nearest_divisor, nearest_multiple, one_of, positive
+from titans_dist.config.checks import at_least, between, nearest_multiple, one_of, positive
 from titans_dist.config.errors import ConfigError
+from titans_dist.config.layout import validate_batch, validate_layout
 from titans_dist.config.run import Config, DataConfig
 
 __all__ = ["validate", "validate_model"]
@@ -16,7 +17,7 @@ def validate(config: Config) -> None:
     """Raise ConfigError, one sentence with the mend, for the first thing that cannot work."""
     validate_model(config.model)
     _data(config.data)
-    _parallel(config)
+    validate_layout(config)
     _optimizer(config)
     _training(config)
     _conformance(config)
@@ -40,36 +41,6 @@ def _data(data: DataConfig) -> None:
         )
     if data.source is None and data.format in ("text", "jsonl", "parquet", "huggingface"):
         raise ConfigError(f"data={data.format} needs to know the corpus; add data.source=PATH")
-
-
-def _parallel(config: Config) -> None:
-    model, tensor = config.model, config.parallel.tensor
-    at_least("parallel.tensor", tensor, 1)
-    if config.parallel.data is not None:
-        at_least("parallel.data", config.parallel.data, 1)
-    for key, value in (
-        ("model.num_heads", model.num_heads),
-        ("model.vocab_size", model.vocab_size),
-        ("the MLP width (model.intermediate_size)", model.mlp_size),
-    ):
-        if value % tensor:
-            raise ConfigError(
-                f"parallel.tensor={tensor} does not divide {key}={value}; "
-                f"the nearest legal parallel.tensor is {nearest_divisor(value, tensor)}"
-            )
-    if tensor > 1 and config.parallel.sequence and config.data.sequence_length % tensor:
-        raise ConfigError(
-            f"data.sequence_length={config.data.sequence_length} cannot be split over parallel.tensor={tensor}; "
-            f"use {nearest_multiple(config.data.sequence_length, tensor)} or parallel.sequence=false"
-        )
-    # What the variant sums over processes inside a block is split along the sequence too.
-    inner = {"mac": ("segment_length", model.segment_length), "mal": ("persistent_tokens", model.persistent_tokens)}
-    key, value = inner.get(model.variant, ("", 0))
-    if tensor > 1 and config.parallel.sequence and value % tensor:
-        raise ConfigError(
-            f"model.{key}={value} cannot be split over parallel.tensor={tensor} with model.variant={model.variant}; "
-            f"use {nearest_multiple(value, tensor)} or parallel.sequence=false"
-        )
 
 
 def _optimizer(config: Config) -> None:
@@ -104,12 +75,7 @@ def _training(config: Config) -> None:
         at_least("evaluation.max_sequences", config.evaluation.max_sequences, 1)
     at_least("cluster.timeout_s", config.cluster.timeout_s, 1)
     at_least("cluster.threads", config.cluster.threads, 1)
-    rows = training.micro_batch_size * (config.parallel.data or 1)
-    if training.global_batch_size % rows:
-        raise ConfigError(
-            f"training.global_batch_size={training.global_batch_size} is no multiple of micro_batch_size x "
-            f"data-parallel size = {rows}; the nearest is {nearest_multiple(training.global_batch_size, rows)}"
-        )
+    validate_batch(config, config.parallel.data or 1)
 
 
 def _carried_state(config: Config) -> None:

@@ -27,25 +27,27 @@ class CausalConv(nn.Module):
         starts (B, T): tokens that begin a document; before it lies `begin` (1, kernel - 1, C) instead of other tokens.
         """
         kernel, length = self.weight.shape[1], x.shape[1]
-        reach = kernel - 1
-        whole = torch.cat([past.expand(x.shape[0], -1, -1), x], 1)
+        whole, tail = torch.cat([past.expand(x.shape[0], -1, -1), x], 1), self.tail(x, past, starts, begin)
         if starts is None:
-            return _Convolved.apply(whole, self.weight), whole[:, length:]
+            return _Convolved.apply(whole, self.weight), tail
         assert begin is not None
-        since = _tokens_since_start(starts, reach)
-
-        def back(steps: int, first: int, last: int) -> Tensor:
-            """What tokens `first` up to `last` have `steps` tokens before them."""
-            age = since[:, first:last]
-            other = begin[0][(reach + age - steps).clamp(0, reach - 1)]
-            own = whole[:, reach + first - steps : reach + last - steps]
-            return torch.where((age < steps).unsqueeze(-1), other, own)
-
-        y = x * self.weight[:, reach]
+        since = _tokens_since_start(starts, kernel - 1)[:, :length]
+        y = x * self.weight[:, kernel - 1]
         for steps in range(1, kernel):
-            y = torch.addcmul(y, back(steps, 0, length), self.weight[:, reach - steps])
-        tail = [back(steps, length, length + 1) for steps in range(reach, 0, -1)]
-        return y, torch.cat(tail, 1) if tail else whole[:, length:]
+            y = torch.addcmul(y, _back(whole, since, begin, steps), self.weight[:, kernel - 1 - steps])
+        return y, tail
+
+    def tail(self, x: Tensor, past: Tensor, starts: Tensor | None = None, begin: Tensor | None = None) -> Tensor:
+        """What the token after `x` has before it, (B, kernel - 1, C). All arguments are those of `forward`."""
+        reach = self.weight.shape[1] - 1
+        last = torch.cat([past.expand(x.shape[0], -1, -1), x[:, max(0, x.shape[1] - reach) :]], 1)
+        if starts is None or reach == 0:
+            return last[:, last.shape[1] - reach :]
+        assert begin is not None
+        since = _tokens_since_start(starts, reach)[:, -1:]
+        # The next token, which is not here, has the whole of `last` before it.
+        after = torch.cat([last, last[:, -1:]], 1)[:, -reach - 1 :]
+        return torch.cat([_back(after, since, begin, steps) for steps in range(reach, 0, -1)], 1)
 
     def no_past(self) -> Tensor:
         """Zeros (1, kernel - 1, C), as the past of the very first token."""
@@ -80,6 +82,16 @@ class _Convolved(torch.autograd.Function):
             g_whole[:, i : i + length].addcmul_(grad, tap)
             g_taps[i] = (grad * whole[:, i : i + length]).sum((0, 1))
         return g_whole, g_taps.mT
+
+
+def _back(whole: Tensor, since: Tensor, begin: Tensor, steps: int) -> Tensor:
+    """What each token has `steps` tokens before it, (B, T, C); begin (1, K - 1, C) is before its document.
+
+    whole: the tokens and the K - 1 before them, (B, K - 1 + T, C); since (B, T): how long ago each document began.
+    """
+    reach, length = begin.shape[1], since.shape[1]
+    other = begin[0][(reach + since - steps).clamp(0, reach - 1)]
+    return torch.where((since < steps).unsqueeze(-1), other, whole[:, reach - steps : reach - steps + length])
 
 
 def _tokens_since_start(starts: Tensor, most: int) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -27,8 +28,10 @@ class InnerMemory(nn.Module):
         self.spec = MemorySpec(**memory.spec_fields())
         self.chunk_size, self.read = chunk_size, read
         self.backend = memory.backend
-        self.recompute, self.state_grad_clip = memory.recompute, memory.state_grad_clip
+        self.recompute, self.state_grad_clip = True, memory.state_grad_clip
         self.gates = Gates(config, self.spec, chunk_size)
+        self.operator: Callable[..., tuple[Tensor, MemoryState]] = self._observed
+        """What `forward` calls: `neural_memory`, or a form of it for some other arrangement of the tokens."""
         # What is linear in its state starts from nothing, as its papers have it; a network must start as one.
         stds = [0.0] if is_linear_recurrence(self.spec) else self.spec.initial_std(dim)
         self.weights = nn.ParameterList(
@@ -54,15 +57,30 @@ class InnerMemory(nn.Module):
 
         clip: the one that several calls on one sequence share, in the place of `state_grad_clip`'s.
         """
-        limit = self.state_grad_clip if clip is None else clip
-        return self._write(x, q, k, v, state, start, starts, self.chunk_size, self.read, limit, observed=True)
+        return self.operator(
+            q,
+            k,
+            v,
+            **self._given(x, k),
+            state=state,
+            start=start,
+            starts=starts,
+            chunk_size=self.chunk_size,
+            read=self.read,
+            state_grad_clip=self.state_grad_clip if clip is None else clip,
+        )
 
     def read_persistent(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, MemoryState]:
         """The tokens before every sequence (1, P, ...), written as one chunk of their own."""
-        chunk_size = x.shape[1] if self.spec.has_chunked_form else 1
-        state = self.learned_state(x.shape[0])
-        limit = self.state_grad_clip
-        return self._write(x, q, k, v, state, None, None, chunk_size, "after", limit, observed=False)
+        return neural_memory(
+            q,
+            k,
+            v,
+            **self._given(x, k),
+            state=self.learned_state(x.shape[0]),
+            chunk_size=x.shape[1] if self.spec.has_chunked_form else 1,
+            state_grad_clip=self.state_grad_clip,
+        )
 
     def learned_state(self, batch: int) -> MemoryState:
         """The memory before it has read anything."""
@@ -77,57 +95,32 @@ class InnerMemory(nn.Module):
         y = apply(self.spec, [link(self.spec, w)[0] for w in weights], queries, norm)
         return y.transpose(1, 2).to(q.dtype)
 
-    def _write(
-        self,
-        x: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        state: MemoryState,
-        start: MemoryState | None,
-        starts: Tensor | None,
-        chunk_size: int,
-        read: str,
-        state_grad_clip: float | StateGradClip | None,
-        observed: bool,
-    ) -> tuple[Tensor, MemoryState]:
+    def _given(self, x: Tensor, k: Tensor) -> dict[str, Any]:
+        """The arguments of `neural_memory` that are this memory's, and the gates of the tokens."""
         gates = self.gates(x, k)
-        norm = (self.gain, self.bias) if self.spec.residual else None
-        y, after = neural_memory(
-            q,
-            k,
-            v,
-            spec=self.spec,
-            weights=list(self.weights),
-            alpha=gates.alpha,
-            eta=gates.eta,
-            theta=gates.theta,
-            delta=gates.delta,
-            norm=norm,
-            state=state,
-            start=start,
-            starts=starts,
-            chunk_size=chunk_size,
-            read=read,
-            recompute=self.recompute,
+        return {
+            "spec": self.spec,
+            "weights": list(self.weights),
+            "alpha": gates.alpha,
+            "eta": gates.eta,
+            "theta": gates.theta,
+            "delta": gates.delta,
+            "norm": (self.gain, self.bias) if self.spec.residual else None,
+            "recompute": self.recompute,
             # One token, as in decoding, is quicker as what the chunked form is equal to.
-            backend="recurrent" if k.shape[1] == 1 else self.backend,
-            state_grad_clip=state_grad_clip,
+            "backend": "recurrent" if k.shape[1] == 1 else self.backend,
+        }
+
+    def _observed(self, q: Tensor, k: Tensor, v: Tensor, **given: Any) -> tuple[Tensor, MemoryState]:
+        """`neural_memory`, seen by the telemetry."""
+        y, after = neural_memory(q, k, v, **given)
+        observe(
+            self,
+            k=k,
+            v=v,
+            **{name: given[name] for name in ("spec", "alpha", "eta", "theta", "delta", "norm", "chunk_size")},
+            start_state=given["state"],
+            end_state=after,
+            theta_max=None if self.gates.theta is None else self.gates.theta_max,
         )
-        if observed:
-            observe(
-                self,
-                spec=self.spec,
-                k=k,
-                v=v,
-                alpha=gates.alpha,
-                eta=gates.eta,
-                theta=gates.theta,
-                delta=gates.delta,
-                norm=norm,
-                start_state=state,
-                end_state=after,
-                chunk_size=chunk_size,
-                theta_max=None if self.gates.theta is None else self.gates.theta_max,
-            )
         return y, after

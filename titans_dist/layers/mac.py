@@ -88,6 +88,20 @@ class MemoryAsContext(nn.Module):
         now = self._begin(begin, x.shape[0]) if state is None else state
         prefix = self.attention.prefix(persistent)
         clip = None if self.state_grad_clip is None else StateGradClip(self.state_grad_clip, is_shared=True)
+        o, now = self._over_segments(x, now, begin, starts, prefix, clip)
+        o = o if clip is None else clip.results(o)[0]
+        return self.out(o.flatten(2)), None if state is None else now
+
+    def _over_segments(
+        self,
+        x: Tensor,
+        now: SegmentState,
+        begin: LayerState | None,
+        starts: Tensor | None,
+        prefix: Prefix | None,
+        clip: StateGradClip | None,
+    ) -> tuple[Tensor, SegmentState]:
+        """Tokens (B, T, hidden) -> o (B, T, H, D), before the output projection, segment by segment."""
         outputs = []
         first = 0
         while first < x.shape[1]:
@@ -96,9 +110,7 @@ class MemoryAsContext(nn.Module):
             o, now = self._segment(x[:, first:last], now, begin, part, prefix, clip)
             outputs.append(o)
             first = last
-        o = torch.cat(outputs, 1)
-        o = o if clip is None else clip.results(o)[0]
-        return self.out(o.flatten(2)), None if state is None else now
+        return torch.cat(outputs, 1), now
 
     def initial_state(self, batch: int) -> SegmentState:
         """The state before the first token."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import repeat
 from typing import ClassVar
 
 from torch import Tensor, nn
@@ -81,17 +82,19 @@ class NeuralMemory(nn.Module):
         """
         batch = x.shape[0]
         state = expand(state, batch)
-        q, k, v, tails = self._project(x, state.tails, starts, begin)
+        inputs, begins = self._inputs(x), None if begin is None else begin.tails
+        tails = self._before(inputs, state.tails, starts, begins)
+        q, k, v, tails = self._project(inputs, tails, starts, begins)
         start = None if begin is None else expand(begin.memory, batch)
         y, memory = self.memory(x, q, k, v, state.memory, start, starts, clip)
         return self._gated(x, y), LayerState(tails, memory)
 
     def begin(self, persistent: Tensor | None) -> tuple[Tensor | None, LayerState]:
         """What a sequence begins with (one row): the outputs at the persistent tokens (1, P, hidden), and the state."""
-        tails = [conv.no_past() for conv in (self.q_conv, self.k_conv, self.v_conv)]
+        tails = [conv.no_past() for conv in self._convs]
         if persistent is None:
             return None, LayerState(tails, self.memory.learned_state(1))
-        q, k, v, tails = self._project(persistent, tails, None, None)
+        q, k, v, tails = self._project(self._inputs(persistent), tails, None, None)
         y, memory = self.memory.read_persistent(persistent, q, k, v)
         return self._gated(persistent, y), LayerState(tails, memory)
 
@@ -105,14 +108,29 @@ class NeuralMemory(nn.Module):
         assert isinstance(self.memory, InnerMemory)
         return self._gated(x, self.memory.retrieve(q, weights))
 
+    def _inputs(self, x: Tensor) -> list[Tensor]:
+        """What the three convolutions read, (B, T, H D) each."""
+        return [self.q(x), self.k(x), self.v(x)]
+
+    def _before(
+        self, inputs: list[Tensor], tails: list[Tensor], starts: Tensor | None, begins: list[Tensor] | None
+    ) -> list[Tensor]:
+        """What lies before `inputs`: what the state says."""
+        return tails
+
     def _project(
-        self, x: Tensor, tails: list[Tensor], starts: Tensor | None, begin: LayerState | None
+        self, inputs: list[Tensor], tails: list[Tensor], starts: Tensor | None, begins: list[Tensor] | None
     ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-        begins = [None] * 3 if begin is None else begin.tails
-        q, q_tail = self.query(x, tails[0], starts, begins[0])
-        k, k_tail = self.k_conv(self.k(x), tails[1], starts, begins[1])
-        v, v_tail = self.v_conv(self.v(x), tails[2], starts, begins[2])
-        return q, self._unit(self._heads(k)), F.silu(self._heads(v)), [q_tail, k_tail, v_tail]
+        found = [
+            conv(x, tail, starts, begin)
+            for conv, x, tail, begin in zip(self._convs, inputs, tails, begins or repeat(None), strict=False)
+        ]
+        q, k, v = (self._heads(y) for y, _ in found)
+        return self._unit(q), self._unit(k), F.silu(v), [tail for _, tail in found]
+
+    @property
+    def _convs(self) -> list[CausalConv]:
+        return [self.q_conv, self.k_conv, self.v_conv]
 
     def _gated(self, x: Tensor, y: Tensor) -> Tensor:
         return self._finish(y, self._heads(self.gate(x)), self.norm.weight, self.norm.eps)

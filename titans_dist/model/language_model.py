@@ -6,9 +6,11 @@ from typing import Any, ClassVar, overload
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from titans_dist.config import ModelConfig
 from titans_dist.config.validate import validate_model
+from titans_dist.layers.inner_memory import InnerMemory
 from titans_dist.layers.mixers import build_mixer
 from titans_dist.layers.mlp import SwiGLU
 from titans_dist.layers.norm import RMSNorm
@@ -49,6 +51,7 @@ class LanguageModel(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.head = linear(config.hidden_size, config.vocab_size, config.init_std)
+        self.recomputes_blocks = False
         self.tie_embeddings()
 
     def tie_embeddings(self) -> None:
@@ -76,17 +79,34 @@ class LanguageModel(nn.Module):
         starts (B, T) bool: token t is the first of a document; documents do not see each other.
         """
         _check(tokens, state, starts)
-        x = self.embedding(tokens)
-        states = []
-        for i, block in enumerate(self.blocks):
-            x, after = block(x, None if state is None else state.layers[i], starts)
-            states.append(after)
+        x, after = self.mix(self.embedding(tokens), state, starts)
         logits = self.head(self.norm(x))
-        return logits if state is None else (logits, ModelState(states))
+        return logits if after is None else (logits, after)
+
+    def mix(
+        self, x: Tensor, state: ModelState | None = None, starts: Tensor | None = None
+    ) -> tuple[Tensor, ModelState | None]:
+        """The residual stream through the blocks; in a part of a model, where the others are None, those it has."""
+        after: list[Any] = []
+        for i, block in enumerate(self.blocks):
+            before, done = None if state is None else state.layers[i], None
+            if block is not None and self.recomputes_blocks and torch.is_grad_enabled():
+                x, done = checkpoint(block, x, before, starts, use_reentrant=False, preserve_rng_state=False)
+            elif block is not None:
+                x, done = block(x, before, starts)
+            after.append(done)
+        return x, None if state is None else ModelState(after)
+
+    def set_recompute(self, what: str) -> None:
+        """What the backward pass works out again: none, the memories' states (selective) or whole blocks (full)."""
+        self.recomputes_blocks = what == "full"
+        for module in self.modules():
+            if isinstance(module, InnerMemory):
+                module.recompute = what != "none"
 
     def initial_state(self, batch_size: int) -> ModelState:
         """The state before the first token of `batch_size` sequences."""
-        return ModelState([block.mixer.initial_state(batch_size) for block in self.blocks])  # type: ignore[union-attr, operator]
+        return ModelState([b and b.mixer.initial_state(batch_size) for b in self.blocks])  # type: ignore[union-attr, operator]
 
 
 def _check(tokens: Tensor, state: ModelState | None, starts: Tensor | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -29,7 +30,10 @@ class CarriedState:
         # Nobody reads this: the first tokens of a run start documents.
         self._states = [_copied(begin) for _ in range(self._count)]
         with torch.device("meta"), torch.no_grad():
-            whole = LanguageModel(config.model).to("meta").initial_state(1)  # .to: some buffers are made elsewhere
+            one = LanguageModel(config.model).to("meta")  # .to: some buffers are made elsewhere
+            for i, block in enumerate(model.blocks):
+                one.blocks[i] = block and one.blocks[i]
+            whole = one.initial_state(1)
         parts, wholes = flatten(begin), flatten(whole)
         self._axes = {name: _split_axis(parts[name], wholes[name]) for name in parts}
 
@@ -41,13 +45,11 @@ class CarriedState:
         self._states[number] = _copied(state)
 
     def sharded_state(self) -> dict[str, Any]:
-        """This rank's part of a sharded checkpoint. Positions are the same in all lanes."""
-        positions = {name: int(value) for name, value in flatten(self[0]).items() if value.dim() == 0}
+        """This rank's part of a sharded checkpoint. Positions are the same in all lanes, and in all layers."""
+        positions = {_in_any_layer(name): int(value) for name, value in flatten(self[0]).items() if value.dim() == 0}
         parts = {
             str(number): {
-                name: self._sharded(name, value, number)
-                for name, value in flatten(state).items()
-                if name not in positions
+                name: self._sharded(name, value, number) for name, value in flatten(state).items() if value.dim() > 0
             }
             for number, state in enumerate(self._states)
         }
@@ -55,8 +57,11 @@ class CarriedState:
 
     def load(self, loaded: dict[str, Any]) -> None:
         """Take over a loaded `sharded_state`."""
-        positions = {name: torch.tensor(value) for name, value in loaded["positions"].items()}
         for number, state in enumerate(self._states):
+            numbers = {
+                name: loaded["positions"][_in_any_layer(name)] for name, x in flatten(state).items() if x.dim() == 0
+            }
+            positions = {name: torch.tensor(value) for name, value in numbers.items()}
             self[number] = unflatten({**loaded["micro_batches"][str(number)], **positions}, state)
 
     def _sharded(self, name: str, value: Tensor, number: int) -> ShardedTensor:
@@ -67,6 +72,11 @@ class CarriedState:
             offsets.append((axis, tensor_rank, parallel_state.get_tensor_model_parallel_world_size()))
         replica = tensor_rank if axis is None else 0
         return ShardedTensor.from_rank_offsets(f"carried.{name}", value, *offsets, replica_id=replica)
+
+
+def _in_any_layer(name: str) -> str:
+    """A name of the first stage's checkpoint, which is the one whose numbers are kept, for that of any layer."""
+    return re.sub(r"^layers\.\d+\.", "", name)
 
 
 def _data_size() -> int:

@@ -8,31 +8,36 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from torch import Tensor, nn
 
+Place = tuple[int, int, str]
+"""The number of the block, what the order inside it is, and the path of a module or parameter."""
 
-def find_culprit(model: nn.Module, forward: Callable[[], object]) -> str:
-    """A sentence that names it, the same on every rank. Collective: `forward` runs `model` as the failed step did.
+
+def find_culprit(models: list[nn.Module], forward: Callable[[], object]) -> str:
+    """A sentence that names it, the same on every rank. Collective: `forward` runs the parts of the model that this
+    rank has as the failed step did.
 
     Every rank runs all of it, whatever it finds, because the modules communicate. Of what the ranks find, the earliest
     counts. The gradients must still be those of the failed step.
     """
-    found = _agreed(first_output(model, forward))
+    found = _agreed(first_output(models, forward))
     if found is not None:
         return f"the first output that is not finite is that of {found}"
-    found = _agreed(_first_gradient(model))
+    found = _agreed(_first_gradient(models))
     if found is not None:
         return f"every output is finite; backward from the loss, the first gradient that is not is that of {found}"
-    return f"every output and every gradient is finite; the largest gradient is that of {_largest_gradient(model)}"
+    return f"every output and every gradient is finite; the largest gradient is that of {_largest_gradient(models)}"
 
 
-def first_output(model: nn.Module, forward: Callable[[], object]) -> tuple[int, str] | None:
-    """The number and the path of the first call that makes something not finite of what is; parts return first.
+def first_output(models: list[nn.Module], forward: Callable[[], object]) -> Place | None:
+    """The first call that makes something not finite of what is; parts return first.
 
     Where a part is already handed what is not finite, its whole has made that between its parts.
     """
     calls = 0
-    found: list[tuple[int, str]] = []
+    found: list[Place] = []
 
     def hook(path: str) -> Callable[[nn.Module, Any, Any], None]:
         def look(module: nn.Module, inputs: Any, output: Any) -> None:
@@ -40,11 +45,12 @@ def first_output(model: nn.Module, forward: Callable[[], object]) -> tuple[int, 
             calls += 1
             if not found and not _is_finite(output):
                 maker = path if _is_finite(inputs) else path.rpartition(".")[0]
-                found.append((calls, maker or "the model"))
+                found.append((_block(path), calls, maker or "the model"))
 
         return look
 
-    hooks = [module.register_forward_hook(hook(path)) for path, module in model.named_modules()]
+    named = [item for model in models for item in model.named_modules()]
+    hooks = [module.register_forward_hook(hook(path)) for path, module in named]
     try:
         with torch.no_grad():
             forward()
@@ -54,20 +60,29 @@ def first_output(model: nn.Module, forward: Callable[[], object]) -> tuple[int, 
     return found[0] if found else None
 
 
-def _first_gradient(model: nn.Module) -> tuple[int, str] | None:
+def _first_gradient(models: list[nn.Module]) -> Place | None:
     """The last parameter in the order of the forward pass whose gradient is not finite: backward was there first."""
-    named = list(model.named_parameters())
+    named = [item for model in models for item in model.named_parameters()]
     for number, (path, value) in enumerate(reversed(named)):
         if not _gradient(value).isfinite().all():
-            return number, path
+            return -_block(path), number, path
     return None
 
 
-def _largest_gradient(model: nn.Module) -> str:
+def _largest_gradient(models: list[nn.Module]) -> str:
     """Of all ranks, with its size."""
-    sizes = [(float(_gradient(value).abs().max()), path) for path, value in model.named_parameters()]
+    named = [item for model in models for item in model.named_parameters()]
+    sizes = [(float(_gradient(value).abs().max()), path) for path, value in named]
     size, path = max(_gathered(max(sizes)))
     return f"{path} ({size:.1e})"
+
+
+def _block(path: str) -> int:
+    """Where a path is in the order of the forward pass, as far as pipeline stages differ."""
+    room, _, rest = path.partition(".")
+    if room == "blocks":
+        return int(rest.partition(".")[0])
+    return -1 if room == "embedding" else 1 << 30
 
 
 def _gradient(value: nn.Parameter) -> Tensor:
@@ -75,14 +90,14 @@ def _gradient(value: nn.Parameter) -> Tensor:
     return value.main_grad  # type: ignore[attr-defined]
 
 
-def _agreed(found: tuple[int, str] | None) -> str | None:
+def _agreed(found: Place | None) -> str | None:
     """What comes first of what all ranks have found, and where, if not on all of them."""
     places = _gathered(found)
     if not any(places):
         return None
     first = min(place for place in places if place is not None)
-    everywhere = all(place == first for place in places)
-    return first[1] if everywhere else f"{first[1]} in process {places.index(first)}"
+    peers = len(places) // parallel_state.get_pipeline_model_parallel_world_size()  # that have the same blocks
+    return first[2] if places.count(first) == peers else f"{first[2]} in process {places.index(first)}"
 
 
 def _gathered(value: Any) -> list[Any]:

@@ -15,7 +15,6 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import OptimizerConfig, ParamKey, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
 from titans_dist.config import Config
@@ -24,7 +23,15 @@ from titans_dist.parallel.carried import CarriedState
 from titans_dist.parallel.cpu import cpu_device_mode
 from titans_dist.parallel.culprit import find_culprit
 from titans_dist.parallel.optimizer_state import load_optimizer_state, optimizer_sharded_state
-from titans_dist.parallel.stage import MicroBatch, build_stage, stage_inputs
+from titans_dist.parallel.schedule import is_first_pipeline, loss_and_tokens, mean_loss, run_schedule
+from titans_dist.parallel.stage import (
+    MicroBatch,
+    build_stages,
+    in_precision,
+    load_model,
+    sharded_model,
+    stage_inputs,
+)
 
 
 @dataclass
@@ -43,33 +50,31 @@ class Engine:
 
     def __init__(self, config: Config, device: torch.device) -> None:
         self.device = device
-        self.stage, module = build_stage(config, device)
-        transformer = self.stage.config
-        self.module = DistributedDataParallel(
-            transformer,
-            DistributedDataParallelConfig(
-                use_distributed_optimizer=True,
-                grad_reduce_in_fp32=True,
-                # Overlap waits for every parameter's gradient; where no document begins, what it begins with has none.
-                overlap_grad_reduce=not config.training.carry_state,
-            ),
-            module,
+        self.stages = build_stages(config, device)
+        transformer = self.stages[0].config
+        settings = DistributedDataParallelConfig(
+            use_distributed_optimizer=True,
+            grad_reduce_in_fp32=True,
+            # Overlap waits for every parameter's gradient; where no document begins, what it begins with has none.
+            overlap_grad_reduce=not config.training.carry_state,
         )
+        self.modules = [DistributedDataParallel(transformer, settings, in_precision(stage)) for stage in self.stages]
         transformer.finalize_model_grads_func = finalize_model_grads
-        transformer.no_sync_func = self.module.no_sync
+        transformer.no_sync_func = [module.no_sync for module in self.modules]
+        if len(self.modules) == 1:
+            transformer.no_sync_func = self.modules[0].no_sync
         with cpu_device_mode():
             self.optimizer = get_megatron_optimizer(
                 _optimizer_config(config),
-                [self.module],
+                self.modules,
                 config_overrides={ParamKey(attr="no_decay"): ParamGroupOverride(wd_mult=0.0)},
             )
         # Built before the first step: weight decay exclusions act only through it.
         self.scheduler = _scheduler(config, self.optimizer)
-        self._schedule = get_forward_backward_func()
         self.observes = False
-        """Whether the next step looks into this rank's part of the memories."""
-        self._records: Records | None = None
-        self.carried = CarriedState(config, self.stage.model) if config.training.carry_state else None
+        """Whether the next step looks into the memories, as far as they are those of rank 0's pipeline."""
+        self._records: list[Records | None] = [None] * len(self.modules)
+        self.carried = [CarriedState(config, s.model) for s in self.stages] if config.training.carry_state else None
 
     @property
     def data_rank(self) -> int:
@@ -83,35 +88,41 @@ class Engine:
 
     def step(self, batches: list[MicroBatch]) -> StepResult:
         """One optimizer step on this rank's micro-batches, each `tokens` (b, T + 1) and, if packed, `starts` (b, T)."""
-        self.module.zero_grad_buffer()
+        for module in self.modules:
+            module.zero_grad_buffer()
         self.optimizer.zero_grad()
-        rows, length = batches[0]["tokens"].shape
-        losses = self._schedule(
-            forward_step_func=self._forward,
-            data_iterator=iter(enumerate(batches)),
-            model=self.module,
-            num_microbatches=len(batches),
-            seq_length=length - 1,
-            micro_batch_size=rows,
-            forward_only=False,
-        )
+        losses = self._run(batches)
         self.scheduler.step(increment=1)
         grad_norm = self._update()
-        loss = torch.stack(losses).sum() / len(losses) / self.data_size
-        dist.all_reduce(loss, group=parallel_state.get_data_parallel_group())
+        loss = mean_loss(losses, self.device)
         lr = next(group["lr"] for group in self.optimizer.param_groups)
-        result = StepResult(loss.item(), grad_norm, float(lr))
-        if self._records is not None:
-            result.memories, self._records = self._records.summary(self.stage.model), None
-        return result
+        return StepResult(loss, grad_norm, float(lr), self._memories() if self.observes else None)
 
     def culprit(self, batches: list[MicroBatch]) -> str:
         """What was the first thing not finite in the last step, which was on `batches` and so changed nothing.
 
         A carried state is the one after that step by now.
         """
-        numbered = list(enumerate(batches))
-        return find_culprit(self.stage.model, lambda: [self._forward(iter([item]), self.module) for item in numbered])
+        return find_culprit([stage.model for stage in self.stages], lambda: self._run(batches, forward_only=True))
+
+    def _run(self, batches: list[MicroBatch], forward_only: bool = False) -> list[Tensor]:
+        """The schedule: each micro-batch's mean loss where the last part of the model is, else nothing."""
+        return run_schedule(self.modules, self._forward, batches, forward_only)
+
+    def _memories(self) -> dict[str, dict[str, Any]] | None:
+        """What the pipeline of rank 0 has seen of its memories, on rank 0."""
+        found: dict[str, dict[str, Any]] = {}
+        for number, (stage, records) in enumerate(zip(self.stages, self._records, strict=True)):
+            if records is not None:
+                found |= records.summary(stage.model)
+            self._records[number] = None
+        if not is_first_pipeline():
+            return None
+        group = parallel_state.get_pipeline_model_parallel_group()
+        everybody: list[Any] = [None] * group.size()
+        dist.all_gather_object(everybody, found, group=group)
+        memories = {path: numbers for one in everybody for path, numbers in one.items()}
+        return dict(sorted(memories.items(), key=lambda item: _block(item[0]))) or None
 
     def _update(self) -> float:
         """The optimizer's step by its parts: what is not finite reaches no parameter. Returns the gradient norm."""
@@ -130,33 +141,30 @@ class Engine:
         self, batches: Iterator[tuple[int, MicroBatch]], module: nn.Module
     ) -> tuple[Tensor, Callable[[Tensor], Any]]:
         number, batch = next(batches)
+        part = self.modules.index(module)
         inputs = stage_inputs(batch, self.device)
-        with collect() if self.observes and number == 0 else nullcontext() as records:
+        with collect() if self.observes and number == 0 and is_first_pipeline() else nullcontext() as records:
             if self.carried is None:
-                losses = module(*inputs)
+                output = module(*inputs)
             else:
-                losses, self.carried[number] = module(*inputs, self.carried[number])
-        self._records = self._records or records
-
-        def mean(losses: Tensor) -> tuple[Tensor, Tensor]:
-            loss = losses.mean()
-            return loss, loss.detach().clone()  # the schedule divides the first in place
-
-        return losses, mean
+                output, self.carried[part][number] = module(*inputs, self.carried[part][number])
+        self._records[part] = self._records[part] or records
+        return output, loss_and_tokens
 
     def sharded_state(self, is_loading: bool = False) -> dict[str, Any]:
         """Model, optimizer and carried state as this rank's part of a sharded checkpoint."""
-        model = self.stage.sharded_state_dict()
-        state = {"model": model, "optimizer": optimizer_sharded_state(self.optimizer, model, is_loading)}
+        model = sharded_model(self.stages)
+        optimizer = optimizer_sharded_state(self.optimizer, model, is_loading)
+        state: dict[str, Any] = {"model": model, "optimizer": optimizer}
         if self.carried is not None:
-            state["carried"] = self.carried.sharded_state()
+            state["carried"] = [carried.sharded_state() for carried in self.carried]
         return state
 
     def load(self, loaded: dict[str, Any], step: int) -> None:
         """Continue after `step` from a loaded `sharded_state`."""
-        self.stage.load_parameters(loaded["model"])
-        if self.carried is not None:
-            self.carried.load(loaded["carried"])
+        load_model(self.stages, loaded["model"])
+        for carried, values in zip(self.carried or [], loaded.get("carried", []), strict=True):
+            carried.load(values)
         # The checkpoint's groups bring their settings along; those of this start's configuration count.
         kept = ("max_lr", "min_lr", "betas", "eps")
         settings = [{key: group[key] for key in kept} for group in self.optimizer.param_groups]
@@ -164,6 +172,11 @@ class Engine:
         for group, values in zip(self.optimizer.param_groups, settings, strict=True):
             group.update(values)
         self.scheduler.num_steps = step
+
+
+def _block(path: str) -> list[tuple[int, str]]:
+    """What sorts paths by the number of their block."""
+    return [(int(part) if part.isdigit() else 0, part) for part in path.split(".")]
 
 
 def _optimizer_config(config: Config) -> OptimizerConfig:

@@ -10,7 +10,8 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
-from titans_dist.config import Config, ConfigError
+from titans_dist.config import Config, ConfigError, ParallelConfig
+from titans_dist.config.layout import check_world
 from titans_dist.parallel import cpu
 
 
@@ -29,34 +30,34 @@ def processes(config: Config) -> Iterator[torch.device]:
     else:
         torch.cuda.set_device(device)
     cpu.install()
-    from megatron.core import parallel_state
-
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(seconds=config.cluster.timeout_s)
     )
     try:
-        parallel_state.initialize_model_parallel(config.parallel.tensor)
+        make_groups(config.parallel)
         yield device
     finally:
-        parallel_state.destroy_model_parallel()
+        drop_groups()
         dist.destroy_process_group()
 
 
-def check_world(config: Config, world: int) -> int:
-    """The data-parallel size of `world` processes. Raises ConfigError where the layout does not fill them exactly."""
-    tensor, data = config.parallel.tensor, config.parallel.data
-    copies = world // tensor
-    if tensor * copies != world or (data is not None and data != copies):
-        asked = f"parallel.tensor={tensor}" + (f" x parallel.data={data}" if data is not None else "")
-        fit = f"parallel.data={copies}" if world % tensor == 0 else f"a multiple of {tensor} processes"
-        raise ConfigError(f"{world} processes do not fit {asked}; use {fit}")
-    rows = config.training.micro_batch_size * copies
-    if config.training.global_batch_size % rows:
-        raise ConfigError(
-            f"training.global_batch_size={config.training.global_batch_size} is no multiple of micro_batch_size x "
-            f"data-parallel size = {rows}; change one of them"
-        )
-    return copies
+def make_groups(parallel: ParallelConfig) -> None:
+    """megatron-core's process groups for the layout, in its order: tensor, context, data, pipeline. Collective."""
+    from megatron.core import parallel_state
+
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual if parallel.virtual > 1 else None,
+        context_parallel_size=parallel.context,
+    )
+
+
+def drop_groups() -> None:
+    """Undo `make_groups`."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
 
 
 def choose_device(wanted: str, local_rank: int) -> torch.device:

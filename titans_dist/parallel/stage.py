@@ -1,4 +1,4 @@
-"""The model as megatron-core's schedules want it."""
+"""A part of the model as megatron-core's schedules want it."""
 
 from __future__ import annotations
 
@@ -15,34 +15,59 @@ from torch import Tensor, nn
 
 from titans_dist.config import Config
 from titans_dist.model import LanguageModel, ModelState
+from titans_dist.parallel.context import split_along_context, split_model_along_context
+from titans_dist.parallel.pipeline import Part, keep, own_parts, whole_name
 from titans_dist.parallel.tensor import build_parallel
 
 
 class Stage(MegatronModule):
-    """The language model with its loss: tokens and targets (B, T) -> loss of every token (B, T), float32, in nats.
+    """Blocks of the model; the first part takes tokens, the last one gives losses.
 
+    Called with tokens and targets (B, T / cp) and the whole rows' starts (B, T): the loss of every token (B, T / cp),
+    float32, in nats; of a part that is not the last, the residual stream in megatron-core's layout, time first.
     With a state, what the model needs to go on after these tokens is returned too: (losses, state).
     """
 
-    pre_process = post_process = True
-    share_embeddings_and_output_weights = False  # tied inside the model: nothing to sum between pipeline stages
-    vp_stage = None
-
-    def __init__(self, config: TransformerConfig, model: LanguageModel) -> None:
+    def __init__(self, config: TransformerConfig, model: LanguageModel, part: Part) -> None:
         super().__init__(config)
         self.model_type = ModelType.encoder_or_decoder
         self.model = model
+        self.pre_process, self.post_process, self.vp_stage = part.is_first, part.is_last, part.virtual
+        # Inside one part a tied weight is one parameter; in two parts megatron-core sums the two gradients.
+        is_whole = part.is_first and part.is_last
+        self.share_embeddings_and_output_weights = model.config.tie_embeddings and not is_whole
+        if self.share_embeddings_and_output_weights and (part.is_first or part.is_last):
+            weight = self.shared_embedding_or_output_weight()
+            weight.shared_embedding = True  # type: ignore[attr-defined]
+            weight.shared = not part.is_first  # type: ignore[attr-defined]  # counted once in the norm
+        self._received: Tensor | None = None
 
-    def set_input_tensor(self, tensor: Tensor | None) -> None:
-        """Activations of the stage before; there is only one stage."""
+    def shared_embedding_or_output_weight(self) -> nn.Parameter:
+        """The tied weight, where megatron-core looks for it."""
+        weight = (self.model.embedding if self.pre_process else self.model.head).weight
+        assert isinstance(weight, nn.Parameter)
+        return weight
+
+    def set_input_tensor(self, tensor: Tensor | list[Tensor] | None) -> None:
+        """Take the residual stream of the part before; called by the schedules."""
+        self._received = tensor[0] if isinstance(tensor, list) else tensor
 
     def forward(
         self, tokens: Tensor, targets: Tensor, starts: Tensor | None = None, state: ModelState | None = None
     ) -> Tensor | tuple[Tensor, ModelState]:
-        if state is None:
-            return vocab_parallel_cross_entropy(self.model(tokens, starts=starts).float(), targets)
-        logits, after = self.model(tokens, state=state, starts=starts)
-        return vocab_parallel_cross_entropy(logits.float(), targets), after
+        x = self.model.embedding(tokens) if self.pre_process else self._time_first(self._received)
+        x, after = self.model.mix(x, state, starts)
+        if self.post_process:
+            logits = self.model.head(self.model.norm(x))
+            y = vocab_parallel_cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets)
+        else:
+            y = self._time_first(x).contiguous()
+        return y if after is None else (y, after)
+
+    def _time_first(self, x: Tensor | None) -> Tensor:
+        """(B, T, hidden) of the model <-> (T, B, hidden) between parts; with sequence parallelism it is that."""
+        assert x is not None
+        return x if self.config.sequence_parallel else x.transpose(0, 1)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
@@ -50,17 +75,27 @@ class Stage(MegatronModule):
         """Every parameter under the name it has in the model, with the dimension along which ranks split it."""
         sharded = {}
         for name, value in self.model.named_parameters():
+            key = prefix + whole_name(name, self.model.config)
+            # Of a weight that two parts hold, the first one's is written.
+            copy = {"replica_id": (1, 0, _data_rank())} if getattr(value, "shared", False) else {}
             if value.tensor_model_parallel:  # type: ignore[attr-defined]
                 axis = value.partition_dim  # type: ignore[attr-defined]
-                sharded[name] = make_tp_sharded_tensor_for_checkpoint(value, prefix + name, axis)
+                sharded[name] = make_tp_sharded_tensor_for_checkpoint(value, key, axis, **copy)
             else:
-                sharded[name] = make_sharded_tensor_for_checkpoint(value, prefix + name)
+                sharded[name] = make_sharded_tensor_for_checkpoint(value, key, **copy)
         return sharded
 
-    def load_parameters(self, loaded: dict[str, Tensor]) -> None:
-        """Take over the tensors of a loaded `sharded_state_dict`."""
-        with torch.no_grad():
-            for name, value in self.model.named_parameters():
+
+def sharded_model(stages: list[Stage]) -> dict[str, Any]:
+    """All parameters of this rank as its part of a sharded checkpoint; their names are those of the whole model."""
+    return {name: value for stage in stages for name, value in stage.sharded_state_dict().items()}
+
+
+def load_model(stages: list[Stage], loaded: dict[str, Tensor]) -> None:
+    """Take over the tensors of a loaded `sharded_model`."""
+    with torch.no_grad():
+        for stage in stages:
+            for name, value in stage.model.named_parameters():
                 value.copy_(loaded[name])
 
 
@@ -68,33 +103,58 @@ MicroBatch = dict[str, Tensor]
 
 
 def stage_inputs(batch: MicroBatch, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
-    """`tokens` (b, T + 1) -> inputs and targets, both (b, T), and `starts` (b, T) where there are, on `device`."""
+    """`tokens` (b, T + 1) -> this process's share of inputs and targets, (b, T / cp); the whole `starts` (b, T)."""
     tokens, starts = batch["tokens"].to(device, non_blocking=True), batch.get("starts")
     starts = None if starts is None else starts.to(device, non_blocking=True)
-    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), starts
+    inputs, targets = (split_along_context(x).contiguous() for x in (tokens[:, :-1], tokens[:, 1:]))
+    return inputs, targets, starts
 
 
-def build_stage(config: Config, device: torch.device) -> tuple[Stage, nn.Module]:
-    """This rank's part of the model on `device`, by itself and wrapped for its precision."""
+def build_stages(config: Config, device: torch.device) -> list[Stage]:
+    """This rank's parts of the model on `device`, in the order of the model."""
     transformer = _transformer_config(config)
-    with torch.device("meta"):
-        model = LanguageModel(config.model)
-    build_parallel(model, transformer, parallel_state.get_tensor_model_parallel_group(), config.training.seed)
-    stage = Stage(transformer, model).to(device)
-    return stage, Float16Module(transformer, stage) if transformer.bf16 else stage
+    group = parallel_state.get_tensor_model_parallel_group()
+    stages = []
+    for part in own_parts(config.parallel, config.model.num_layers):
+        with torch.device("meta"):
+            model = LanguageModel(config.model)
+        keep(model, part)
+        build_parallel(model, transformer, group, config.training.seed)
+        split_model_along_context(model, config)
+        model.set_recompute(config.training.recompute)
+        stages.append(Stage(transformer, model, part).to(device))
+    return stages
+
+
+def in_precision(stage: Stage) -> nn.Module:
+    """The stage as it is called: in bfloat16 where that is the precision."""
+    return Float16Module(stage.config, stage) if stage.config.bf16 else stage
+
+
+def _data_rank() -> int:
+    return parallel_state.get_data_parallel_rank(with_context_parallel=True)
 
 
 def _transformer_config(config: Config) -> TransformerConfig:
-    model, tensor = config.model, config.parallel.tensor
+    model, parallel = config.model, config.parallel
     bf16 = config.training.precision == "bfloat16"
     dtype = torch.bfloat16 if bf16 else torch.float32
+    is_interleaved = parallel.virtual > 1
     return TransformerConfig(
-        num_layers=model.num_layers,
+        num_layers=parallel.pipeline * parallel.virtual,  # what megatron-core divides; the blocks are divided here
         hidden_size=model.hidden_size,
         num_attention_heads=model.num_heads,
         ffn_hidden_size=model.mlp_size,
-        tensor_model_parallel_size=tensor,
-        sequence_parallel=config.parallel.sequence and tensor > 1,
+        tensor_model_parallel_size=parallel.tensor,
+        sequence_parallel=parallel.sequence and parallel.tensor > 1,
+        context_parallel_size=parallel.context,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual if is_interleaved else None,
+        # Batched p2p gives wrong gradients for two interleaved stages; freed outputs are corrupted by overlapped p2p
+        # on gloo, and save one residual stream per micro-batch at most.
+        batch_p2p_comm=not is_interleaved,
+        overlap_p2p_comm=is_interleaved,
+        deallocate_pipeline_outputs=False,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=bf16,

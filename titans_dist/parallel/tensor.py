@@ -24,6 +24,7 @@ from torch.distributed import ProcessGroup
 
 from titans_dist.layers.parameter import Parameter, initial_value
 from titans_dist.model import LanguageModel, planned
+from titans_dist.parallel.pipeline import whole_name
 
 # The dimension of a parameter that is split, by what its plan calls it.
 AXES = {"column": 0, "row": 1, "heads": 0, "vocabulary": 0}
@@ -80,7 +81,7 @@ def build_parallel(model: LanguageModel, config: ModelParallelConfig, group: Pro
             _swap(module, child, kind, config)
     for name, whole in wholes.items():
         axis = axes.get(name)
-        value = initial_value(name, whole, seed)
+        value = initial_value(whole_name(name, model.config), whole, seed)
         if axis is not None:
             value = value.chunk(size, axis)[rank].clone()
         made = nn.Parameter(value)
@@ -94,7 +95,8 @@ def build_parallel(model: LanguageModel, config: ModelParallelConfig, group: Pro
         if name in axes:
             path, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(path), leaf, constant.chunk(size, axes[name])[rank].clone())
-    model.tie_embeddings()
+    if model.embedding is not None and model.head is not None:
+        model.tie_embeddings()
 
 
 def _axes(model: LanguageModel) -> dict[str, int]:

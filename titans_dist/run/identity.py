@@ -14,7 +14,7 @@ IDENTITY = (
 )
 # What says how the model is computed, or only helped to work out its width.
 FREE = (
-    *("model.memory.recompute", "model.memory.state_grad_clip", "model.memory.backend"),
+    *("model.memory.state_grad_clip", "model.memory.backend"),
     "model.parameters",
 )
 

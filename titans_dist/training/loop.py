@@ -15,6 +15,7 @@ from titans_data import BatchSchedule, StreamSchedule, batches
 from titans_dist.checkpoint.sharded import load, newest_valid, save
 from titans_dist.checkpoint.store import Store
 from titans_dist.config import Config, HealthError, Interrupted, UserError
+from titans_dist.config.layout import describe_layout
 from titans_dist.model import describe
 from titans_dist.parallel.engine import Engine
 from titans_dist.parallel.processes import any_rank, processes
@@ -97,7 +98,7 @@ class Training:
         index, micro_batches = next(steps)
         waited = time.perf_counter() - started
         done, interval = index + 1, self.config.tracking.memory_interval
-        self.engine.observes = self.main and interval > 0 and done % interval == 0
+        self.engine.observes = interval > 0 and done % interval == 0
         result = self.engine.step(micro_batches)
         seconds = time.perf_counter() - started
         tokens = self.config.training.global_batch_size * self.config.data.sequence_length
@@ -144,7 +145,7 @@ class Training:
         self._status("running")
         self._say(
             f"{Path(config.run_dir).name} | {human(parameters)} parameters | {dist.get_world_size()} processes = "
-            f"tensor {config.parallel.tensor} x data {self.engine.data_size} on {self.device.type} | "
+            f"{describe_layout(config.parallel, self.engine.data_size)} on {self.device.type} | "
             f"{human(self.rows.source.num_tokens)} tokens in rows of {config.data.sequence_length}"
         )
         self.tracker = Tracker(Path(config.run_dir), config, resumed_step=resumed, wandb_id=wandb_id)
