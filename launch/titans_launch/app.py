@@ -93,7 +93,7 @@ def _run(command: str, composed: DictConfig) -> int:
         return failures.report(error, composing=True)
     try:
         worker.adopt_slurm()
-        code = importlib.import_module(f"titans_launch.{command}").run(config)
+        code = importlib.import_module(f"titans_launch.{command.replace('-', '_')}").run(config)
     except (Exception, KeyboardInterrupt) as error:
         return failures.report(error)
     worker.leave(0, "")

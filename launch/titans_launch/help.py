@@ -10,6 +10,7 @@ COMMANDS = {
     "train": "train a model, or resume the run of the same name",
     "evaluate": "measure a run's newest checkpoint on the held-out text",
     "conformance": "check that a model, ours or another's, is causal and leaks nothing",
+    "parallel-check": "check that a layout computes what one process computes",
     "info": "show versions, devices, the layout and the model's parameters",
 }
 
@@ -43,7 +44,8 @@ Results: the folder data.path, by default data/<format>-<tokenizer>-<vocabulary>
     "train": """\
 titans-dist train [KEY=VALUE ...]
 
-Starts parallel.tensor x parallel.data processes on this machine, or is one of them under torchrun and srun.
+Starts the processes of the layout (tensor x context x pipeline x data) on this machine, or is one of them under
+torchrun and srun.
 Starting a run of the same name resumes it from its newest checkpoint.
 
 Examples:
@@ -86,6 +88,21 @@ Examples:
   titans-dist conformance conformance.target=my_package.my_module:make conformance.vocab_size=1000
 
 Results: a table of verdicts; exit code 0 if nothing fails, 1 otherwise (a sweep ends there).""",
+    "parallel-check": """\
+titans-dist parallel-check [KEY=VALUE ...]
+
+Trains the configured model for three steps on the configured layout, made narrow (heads of 16 dimensions, few blocks),
+and then on one process with plain torch, on the same tokens. Compares losses, gradient norms and the gradient of every
+parameter, and shows what the processes have sent. Needs no data. A few seconds on each machine before a long run.
+
+Starts the processes on this machine, or is one of them under torchrun and srun, as `train`.
+
+Examples:
+  titans-dist parallel-check parallel.tensor=2 parallel.context=2
+  titans-dist parallel-check variant=mac parallel.pipeline=2 parallel.tensor=1
+  torchrun --nproc-per-node 8 -m titans_launch parallel-check experiment=titans_340m parallel=tensor8
+
+Results: a table with the verdict; exit code 0 if the layout agrees with one process, 1 otherwise.""",
     "info": """\
 titans-dist info [KEY=VALUE ...]
 

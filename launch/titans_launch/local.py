@@ -18,6 +18,7 @@ from typing import BinaryIO
 from hydra.core.hydra_config import HydraConfig
 
 from titans_dist.config import Config
+from titans_dist.config.layout import world_size
 from titans_launch import names, worker
 from titans_launch.processes import Child
 
@@ -38,7 +39,7 @@ class Report:
 def launch(command: str, config: Config) -> int:
     """Run `command` of this configuration in its workers; return the exit code of the one that failed first, or 0."""
     run_dir = Path(config.run_dir)
-    world = config.parallel.tensor * (config.parallel.data or 1)
+    world = world_size(config.parallel)
     torchrun_log = run_dir / "logs" / f"{command}-torchrun.log"
     torchrun_log.parent.mkdir(parents=True, exist_ok=True)
     console = worker.log_path(run_dir, command, 0)

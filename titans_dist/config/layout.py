@@ -55,6 +55,11 @@ def context_mode(config: Config) -> str:
     return "heads" if divides and model.variant != "mac" else "ring"
 
 
+def uses_ring(config: Config) -> bool:
+    """Whether memories hand their state on from process to process."""
+    return config.parallel.context > 1 and config.model.has_memory and context_mode(config) == "ring"
+
+
 def context_groups(parallel: ParallelConfig, rows: int, heads: int) -> int:
     """Groups into which the ring divides `rows` sequences of `heads` heads each: a divisor, rows first.
 
@@ -250,6 +255,16 @@ def _engine(config: Config) -> None:
         raise ConfigError(
             f"training.engine=deepspeed is not offered with parallel.pipeline={parallel.pipeline}; "
             "use parallel.pipeline=1, or training.engine=megatron"
+        )
+    if training.zero_stage == 0 and training.precision == "bfloat16":
+        raise ConfigError(
+            "training.zero_stage=0 is not offered with training.precision=bfloat16: DeepSpeed would add gradients up in "
+            "bfloat16; use training.zero_stage=1, or training.precision=float32"
+        )
+    if training.zero_stage == 3 and training.carry_state:
+        raise ConfigError(
+            "training.zero_stage=3 is not offered with training.carry_state=true, whose processes do not all have a "
+            "gradient for what a document begins with; use training.zero_stage=2"
         )
     if training.offload and training.zero_stage == 0:
         raise ConfigError("training.offload=true needs training.zero_stage=1 or more, whose states it moves; use 1")

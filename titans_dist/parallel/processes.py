@@ -13,6 +13,7 @@ import torch.distributed as dist
 from titans_dist.config import Config, ConfigError, ParallelConfig
 from titans_dist.config.layout import check_world
 from titans_dist.parallel import cpu
+from titans_dist.parallel.peers import check_versions, watched_peers
 
 
 @contextmanager
@@ -20,7 +21,8 @@ def processes(config: Config) -> Iterator[torch.device]:
     """Join the other processes of this run (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT) for the block.
 
     Makes megatron-core's groups for the layout and yields this process's device. Raises ConfigError where the
-    number of processes does not fit the layout or the device is not there.
+    number of processes does not fit the layout or the device is not there; PeerError, naming the process and the
+    collective, where another one is gone.
     """
     world, local = int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_RANK", "0"))
     check_world(config, world)
@@ -34,14 +36,16 @@ def processes(config: Config) -> Iterator[torch.device]:
         "nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(seconds=config.cluster.timeout_s)
     )
     try:
-        make_groups(config.parallel)
-        yield device
+        with watched_peers():
+            check_versions()
+            make_groups(config.parallel, config.cluster.timeout_s)
+            yield device
     finally:
         drop_groups()
         dist.destroy_process_group()
 
 
-def make_groups(parallel: ParallelConfig) -> None:
+def make_groups(parallel: ParallelConfig, timeout_s: float = 600) -> None:
     """megatron-core's process groups for the layout, in its order: tensor, context, data, pipeline. Collective."""
     from megatron.core import parallel_state
 
@@ -50,6 +54,7 @@ def make_groups(parallel: ParallelConfig) -> None:
         pipeline_model_parallel_size=parallel.pipeline,
         virtual_pipeline_model_parallel_size=parallel.virtual if parallel.virtual > 1 else None,
         context_parallel_size=parallel.context,
+        distributed_timeout_minutes=timeout_s / 60,  # its own default is half an hour, whatever the job's is
     )
 
 

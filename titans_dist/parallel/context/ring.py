@@ -30,7 +30,7 @@ Cell = Callable[[list[Tensor], list[Tensor], list[Tensor], StateGradClip | None]
 after)."""
 
 turns: list[tuple[str, int]] | None = None
-"""Where it is a list, what this process does is noted: ("receive" | "work" | "send", group). For tests and reports."""
+"""Where it is a list, what this process does is noted: ("begin", 0), then ("receive" | "work" | "send", group)."""
 
 
 @dataclass
@@ -81,6 +81,7 @@ class _Wavefront(torch.autograd.Function):
         shared = [_leaf(x) for x in tensors[count * per_group :]]
         link = _Link(context.before, context.after, context)
         outputs, ends, done = [], [], []
+        _note("begin", 0)
         incoming = [link.expect(tensors[g * per_group + n_inputs : (g + 1) * per_group]) for g in range(count)]
         for g in range(count):
             inputs = [_leaf(x) for x in tensors[g * per_group : g * per_group + n_inputs]]
@@ -110,6 +111,7 @@ class _Wavefront(torch.autograd.Function):
         link = _Link(context.after, context.before, context)
         by_group: list[list[Tensor | None]] = [[] for _ in range(count)]
         for_shared: list[Tensor | None] = [None] * len(shared)
+        _note("begin", 0)
         incoming = [link.expect(ctx.done[g].outputs[1:]) for g in range(count)]
         for g in range(count):
             done = ctx.done[g]
@@ -181,6 +183,44 @@ class _Link:
         """Wait until all has been sent."""
         for request, _ in self._sent:
             request.wait()
+
+
+def waves(ranks: list[list[tuple[str, int]]]) -> list[list[list[tuple[str, int]]]]:
+    """The turns that the processes of one ring have noted, wave by wave, each from its first process to its last."""
+    by_rank: list[list[list[tuple[str, int]]]] = []
+    for turns in ranks:
+        by_rank.append([])
+        for what, group in turns:
+            if what == "begin":
+                by_rank[-1].append([])
+            else:
+                by_rank[-1][-1].append((what, group))
+    found = [list(wave) for wave in zip(*by_rank, strict=True)]
+    return [wave if wave[0][0][0] == "work" else wave[::-1] for wave in found]
+
+
+def waiting(wave: list[list[tuple[str, int]]]) -> float:
+    """Share of the time that a process of one wave waits, were every group's work one turn and a message none.
+
+    Replayed from what each process did, in its order; a message can be received once it is sent.
+    """
+    clock, place = [0] * len(wave), [0] * len(wave)
+    sent: dict[tuple[int, int], int] = {}
+    while any(place[r] < len(turns) for r, turns in enumerate(wave)):
+        for r, turns in enumerate(wave):
+            while place[r] < len(turns):
+                what, group = turns[place[r]]
+                if what == "receive":
+                    if (r - 1, group) not in sent:
+                        break
+                    clock[r] = max(clock[r], sent[r - 1, group])
+                elif what == "send":
+                    sent[r, group] = clock[r]
+                else:
+                    clock[r] += 1
+                place[r] += 1
+    works = sum(what == "work" for turns in wave for what, _ in turns)
+    return 1 - works / (len(wave) * max(clock))
 
 
 def _largest(grads: tuple[Tensor, ...], limit: float, context: Context) -> list[Tensor]:
