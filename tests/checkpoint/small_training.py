@@ -20,6 +20,8 @@ class Layout:
     distributed_optimizer: bool = True
     bf16: bool = False
     width: int = 8
+    bucket_size: int | None = None
+    """Parameters that are reduced together; None: all."""
 
 
 class SmallTraining:
@@ -53,7 +55,11 @@ class SmallTraining:
         if layout.bf16:
             module = Float16Module(config, module)
         ddp_config = DistributedDataParallelConfig(
-            use_distributed_optimizer=layout.distributed_optimizer, grad_reduce_in_fp32=True
+            use_distributed_optimizer=layout.distributed_optimizer,
+            grad_reduce_in_fp32=True,
+            # Buckets are made only where they are reduced while the backward pass goes on.
+            overlap_grad_reduce=layout.bucket_size is not None,
+            bucket_size=layout.bucket_size,
         )
         self.model = DistributedDataParallel(config, ddp_config, module)
         settings = OptimizerConfig(

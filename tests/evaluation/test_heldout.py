@@ -17,7 +17,19 @@ import torch
 import torch.distributed.checkpoint as torch_checkpoint
 
 from tests.launch import command_line
-from tests.training.jobs import DATA_2, SINGLE, SIZES, TENSOR_2, TEXT, Run, corpus, finish, refusal
+from tests.training.jobs import (
+    CONTEXT_2,
+    DATA_2,
+    PIPELINE_2,
+    SINGLE,
+    SIZES,
+    TENSOR_2,
+    TEXT,
+    Run,
+    corpus,
+    finish,
+    refusal,
+)
 from titans_data import PrepareOptions, prepare
 from titans_dist.config import MemoryConfig, ModelConfig
 from titans_dist.model import build_model
@@ -34,7 +46,13 @@ MODEL = ModelConfig(
 )
 """What `SIZES` says."""
 EVALUATE = ("evaluate", *TEXT, *SIZES, "evaluation.micro_batch_size=8")
-LAYOUTS = {"single": (SINGLE, 1), "tensor2": (TENSOR_2, 2), "data2": (DATA_2, 2)}
+LAYOUTS = {
+    "single": (SINGLE, 1),
+    "tensor2": (TENSOR_2, 2),
+    "data2": (DATA_2, 2),
+    "pipeline2": (PIPELINE_2, 2),
+    "context2": (CONTEXT_2, 2),
+}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -54,6 +54,7 @@ def assert_equal_on_all_ranks(unbroken: list[Parameters], resumed: list[Any]) ->
         pytest.param(2, Layout(distributed_optimizer=False), id="DP2 FP32Optimizer"),
         pytest.param(2, Layout(distributed_optimizer=False, bf16=True), id="DP2 Float16Optimizer bf16"),
         pytest.param(4, Layout(tensor_parallel=2), id="TP2 DP2 DistributedOptimizer fp32"),
+        pytest.param(2, Layout(bucket_size=1), id="DP2 DistributedOptimizer, padded buckets"),
         pytest.param(4, Layout(width=4), id="DP4 DistributedOptimizer, two ranks with an empty shard"),
     ],
 )

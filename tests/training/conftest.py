@@ -11,9 +11,27 @@ from pathlib import Path
 import pytest
 
 from tests.launch import command_line
-from tests.training.jobs import DATA_2, SINGLE, SIZES, TENSOR_2, TEXT, Run, corpus, finish
+from tests.training.jobs import (
+    CONTEXT_2,
+    DATA_2,
+    PIPELINE_2,
+    SINGLE,
+    SIZES,
+    TENSOR_2,
+    TEXT,
+    Run,
+    corpus,
+    finish,
+)
 
-LAYOUTS = {"tensor2": (TENSOR_2, 2), "data2": (DATA_2, 2), "single": (SINGLE, 1)}
+LAYOUTS = {
+    "tensor2": (TENSOR_2, 2),
+    "data2": (DATA_2, 2),
+    "pipeline2": (PIPELINE_2, 2),
+    "context2": (CONTEXT_2, 2),
+    "tensor2 x pipeline2": ((*TENSOR_2, *PIPELINE_2[1:]), 4),
+    "single": (SINGLE, 1),
+}
 """Name -> overrides and number of processes."""
 
 

@@ -55,6 +55,8 @@ TEXT = (
 )
 TENSOR_2 = ("parallel.tensor=2",)
 DATA_2 = ("parallel.tensor=1", "parallel.data=2")
+PIPELINE_2 = ("parallel.tensor=1", "parallel.pipeline=2")
+CONTEXT_2 = ("parallel.tensor=1", "parallel.context=2", "parallel.context_mode=ring")
 SINGLE = ("parallel.tensor=1",)
 
 

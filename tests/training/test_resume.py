@@ -95,6 +95,8 @@ def last_weights(run: Run) -> dict[str, str]:
         pytest.param("tensor2", hold_before_step(7), 6, 4, id="tensor2, between two checkpoints"),
         pytest.param("tensor2", hold_in_save(8), 8, 4, id="tensor2, while it saves"),
         pytest.param("data2", hold_before_step(7), 6, 4, id="data2, between two checkpoints"),
+        pytest.param("pipeline2", hold_before_step(7), 6, 4, id="pipeline2, between two checkpoints"),
+        pytest.param("context2", hold_before_step(7), 6, 4, id="context2, between two checkpoints"),
     ],
 )
 def test_every_loss_is_bit_equal_after_a_kill(
@@ -150,7 +152,7 @@ def test_a_run_that_is_done_says_so_and_trains_nothing(home: Path, stopped_at: S
 # Layouts
 
 
-@pytest.mark.parametrize("layout", ["tensor2", "data2"])
+@pytest.mark.parametrize("layout", ["tensor2", "data2", "pipeline2", "context2"])
 def test_the_losses_of_a_layout_are_those_of_one_process(layout: str, unbroken: Unbroken) -> None:
     one = unbroken("single").losses
     assert list(one) == list(range(1, STEPS + 1))
@@ -158,23 +160,31 @@ def test_the_losses_of_a_layout_are_those_of_one_process(layout: str, unbroken: 
     assert unbroken(layout).losses == pytest.approx(one, abs=1e-4)
 
 
-def test_a_run_of_two_tensor_parallel_processes_goes_on_with_one(
-    home: Path, stopped_at: StoppedAt, unbroken: Unbroken
+@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "tensor2"])
+def test_a_run_of_two_tensor_parallel_processes_goes_on_on_another_layout(
+    layout: str, home: Path, stopped_at: StoppedAt, unbroken: Unbroken
 ) -> None:
-    run = stopped_at(4)
-    finish(home, "train", *TEXT, *SIZES, *SINGLE, f"name={run.folder.name}", world=1)
+    run = stopped_at(8)
+    overrides, world = LAYOUTS[layout]
+    finish(home, "train", *TEXT, *SIZES, *overrides, f"name={run.folder.name}", world=world)
+    assert run.after_resume() == list(range(9, STEPS + 1))
+    assert run.losses == pytest.approx(unbroken("single").losses, abs=1e-4)
+
+
+def test_a_run_in_stages_goes_on_in_one_process(home: Path, unbroken: Unbroken, name: str) -> None:
+    run = rewound(unbroken("pipeline2"), name, 4)
+    finish(home, "train", *TEXT, *SIZES, *SINGLE, f"name={name}", world=1)
     assert run.after_resume() == list(range(5, STEPS + 1))
     assert run.losses == pytest.approx(unbroken("single").losses, abs=1e-4)
 
 
-def test_a_run_of_two_tensor_parallel_processes_goes_on_with_two_copies(
-    home: Path, stopped_at: StoppedAt, unbroken: Unbroken
-) -> None:
-    run = stopped_at(8)
-    overrides, world = LAYOUTS["data2"]
-    finish(home, "train", *TEXT, *SIZES, *overrides, f"name={run.folder.name}", world=world)
-    assert run.after_resume() == list(range(9, STEPS + 1))
-    assert run.losses == pytest.approx(unbroken("single").losses, abs=1e-4)
+def test_all_stages_tell_of_their_memories(unbroken: Unbroken) -> None:
+    told = [[row for row in unbroken(layout).rows if row["kind"] == "memory"] for layout in ("single", "pipeline2")]
+    assert [row["step"] for row in told[0]] == [row["step"] for row in told[1]] == [10]
+    one, staged = (rows[0]["layers"] for rows in told)
+    assert list(one) == list(staged) == ["blocks.0.mixer.memory.memory", "blocks.1.mixer.memory.memory"]
+    for path in one:
+        assert staged[path]["w_norm"] == pytest.approx(one[path]["w_norm"], rel=1e-4)
 
 
 # Checkpoints cut short

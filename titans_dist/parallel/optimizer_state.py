@@ -1,7 +1,7 @@
 """The state of megatron-core's optimizers in a checkpoint that fits any layout of ranks.
 
 megatron-core 0.16.1 assumes Transformer Engine's or Apex's Adam. With ``torch.optim.Adam(W)``, which it takes without
-them (on GPU machines too), four things break, and each has its mend here:
+them (on GPU machines too), the first four of these things break; the fifth always does. Each has its mend here:
 
 1. ``DistributedOptimizer.state_dict`` fails before the first step and on a rank whose shard is empty, because it looks
    for one common ``step`` in the state of the parameters. The state is made in advance, as the first step would make
@@ -10,6 +10,9 @@ them (on GPU machines too), four things break, and each has its mend here:
    the format does not have.
 3. After a load all parameters share one ``step`` tensor, which Adam then increments once per parameter.
 4. The plain optimizers save no ``step`` when it is 0, and Adam misses it at the next step.
+5. Where gradients are in more than one bucket and a bucket is padded, ``fully_reshardable`` cuts the parameters of all
+   later buckets out of the wrong places: it looks where they are with the padding, in a tensor without. Nothing says
+   so; the values of a load are wrong. Tied embeddings have a bucket of their own in a pipeline, so all of those are hit.
 """
 
 from __future__ import annotations
@@ -40,6 +43,8 @@ def optimizer_sharded_state(
         for part in _parts(optimizer):
             _make_missing_state(part)
             stack.enter_context(_stand_in_for_empty_shard(part))
+            if isinstance(part, DistributedOptimizer):
+                stack.enter_context(_places_without_padding(part))
         stack.enter_context(cpu_device_mode())
         state: dict[str, Any] = optimizer.sharded_state_dict(
             model_sharded_state, is_loading=is_loading, metadata=_METADATA
@@ -112,6 +117,26 @@ def _keeping_step(part: DistributedOptimizer) -> Iterator[None]:
         yield
     finally:
         del part._set_main_param_and_optimizer_states  # the instance's; the method of the class is back
+
+
+@contextlib.contextmanager
+def _places_without_padding(part: DistributedOptimizer) -> Iterator[None]:
+    """Mend 5: for the moment, each parameter's place is that in the buffer whose padding between buckets is gone."""
+    originals = [buffer.param_index_map for buffer in part.buffers]
+    for buffer in part.buffers:
+        padding, unpadded = [], 0
+        for (first, _), bucket in zip(buffer.bucket_indices, buffer.buckets, strict=True):
+            padding.append(first - unpadded)
+            unpadded += bucket.numel_unpadded
+        buffer.param_index_map = {
+            parameter: (start - padding[bucket], end - padding[bucket], bucket)
+            for parameter, (start, end, bucket) in buffer.param_index_map.items()
+        }
+    try:
+        yield
+    finally:
+        for buffer, original in zip(part.buffers, originals, strict=True):
+            buffer.param_index_map = original
 
 
 def _store_step_0(state: dict[str, Any]) -> None:
