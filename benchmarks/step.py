@@ -19,11 +19,25 @@ from timing import show, spread
 
 from titans_dist.tracking import read_metrics
 
+HALF, QUARTER = "training.micro_batch_size=4", "training.micro_batch_size=2"
+DEEPSPEED = ["parallel.tensor=1", "parallel.data=2", HALF, "training.engine=deepspeed"]
 LAYOUTS = {
     "one process": ["parallel.tensor=1", "parallel.data=1"],
+    "one process, 4 micro-batches": ["parallel.tensor=1", "parallel.data=1", QUARTER],
     "tensor 2, sequence parallel": ["parallel.tensor=2"],
     "tensor 2": ["parallel.tensor=2", "parallel.sequence=false"],
-    "data 2": ["parallel.tensor=1", "parallel.data=2", "training.micro_batch_size=4"],
+    "data 2": ["parallel.tensor=1", "parallel.data=2", HALF],
+    "context 2, heads": ["parallel.tensor=1", "parallel.context=2", "parallel.context_mode=heads"],
+    "context 2, ring": ["parallel.tensor=1", "parallel.context=2", "parallel.context_mode=ring"],
+    "pipeline 2, 4 micro-batches": ["parallel.tensor=1", "parallel.pipeline=2", QUARTER],
+    "pipeline 2 of 2 parts, 4 micro-batches": [
+        *("parallel.tensor=1", "parallel.pipeline=2", "parallel.virtual=2", QUARTER),
+    ],
+    "tensor 2 x context 2 (4 processes)": ["parallel.tensor=2", "parallel.context=2"],
+    "tensor 2 x pipeline 2, 4 micro-batches (4 processes)": ["parallel.tensor=2", "parallel.pipeline=2", QUARTER],
+    "data 2, DeepSpeed ZeRO-1": [*DEEPSPEED, "training.zero_stage=1"],
+    "data 2, DeepSpeed ZeRO-2": [*DEEPSPEED, "training.zero_stage=2"],
+    "data 2, DeepSpeed ZeRO-3": [*DEEPSPEED, "training.zero_stage=3"],
 }
 WARMUP, COUNTED = 3, 5
 

@@ -34,6 +34,8 @@ def run(config: Config) -> int:
 
 def show(config: Config, result: CheckResult) -> None:
     """Print the comparison, what was sent, and the verdict."""
+    from titans_dist.parallel.communication import COLUMNS
+
     copies = result.world // model_size(config.parallel)
     layout = f"{config.model.variant} on {result.world} processes = {describe_layout(config.parallel, copies)}"
     numbers = [one for one in result.comparisons if one.layout is not None]
@@ -52,6 +54,12 @@ def show(config: Config, result: CheckResult) -> None:
             f"each process of the ring waits {result.bubble:.1%} of its turns; "
             f"by the formula {result.expected_bubble:.1%}"
         )
+    sent = Table(title="sent by rank 0 in one step", title_justify="left")
+    for column in COLUMNS:
+        sent.add_column(column, justify="left" if column == "kind" else "right", no_wrap=True)
+    for row in result.sent:
+        sent.add_row(*row.texts())
+    tables.console().print(sent)
     wrong = [one.what for one in result.comparisons if not one.agrees]
     verdict = f"DIFFERS from one process: {', '.join(wrong)}" if wrong else "the layout equals one process"
     tables.console().print(verdict)

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.config.test_validation import good, put
+from tests.config.test_validation import TNT, good, put
 from titans_dist.config import ConfigError, ParallelConfig, validate
 from titans_dist.config.layout import (
     bubble,
@@ -24,6 +24,7 @@ from titans_dist.config.layout import (
     world_size,
 )
 
+ONE_HEAD = {"model__num_heads": 1, "model__variant": "lmm", "parallel__tensor": 2}
 REFUSED = [
     ({"parallel__tensor": 3}, "parallel.tensor=3 does not divide model.num_heads=4", "parallel.tensor is 2"),
     (
@@ -48,6 +49,11 @@ REFUSED = [
         {"parallel__context": 3},
         "splits data.sequence_length=256 inside model.memory.chunk_size=64",
         "parallel.context=2",
+    ),
+    (
+        {**TNT, "parallel__context": 2, "model__memory__shard_size": 192},
+        "inside model.memory.shard_size=192",
+        "data.sequence_length=768 or parallel.context=1",
     ),
     ({"parallel__context": 8}, "splits data.sequence_length=256 inside", "parallel.context=4"),
     (
@@ -87,6 +93,11 @@ REFUSED = [
         "data.sequence_length=20 cannot be split over parallel.tensor=4 x parallel.context=2",
         "parallel.sequence=false",
     ),
+    ({**ONE_HEAD, "model__memory__depth": 3}, "not offered with model.memory.depth=3", "model.memory.depth=2"),
+    ({**ONE_HEAD, "data__documents": "packed"}, "not offered with data.documents=packed", "data.documents=joined"),
+    ({**ONE_HEAD, "parallel__context": 2}, "not offered with parallel.context=2", "parallel.tensor=1"),
+    ({**ONE_HEAD, "parallel__tensor": 5}, "does not divide model.hidden_size=192", "parallel.tensor is 4"),
+    ({**ONE_HEAD, "model__variant": "mag"}, "parallel.tensor=2 does not divide model.num_heads=1", "is 1"),
     ({"training__engine": "fsdp"}, "training.engine=fsdp is unknown", "megatron, deepspeed"),
     ({"training__zero_stage": 2}, "training.zero_stage=2 needs training.engine=deepspeed", "add that"),
     ({"training__offload": True}, "training.offload=true needs training.engine=deepspeed", "add that"),

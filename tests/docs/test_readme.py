@@ -1,4 +1,4 @@
-"""Every command of the README is run, at a small size, in a folder with the files it speaks of."""
+"""Every command of the README and the guides is run, at a small size, in a folder with the files it speaks of."""
 
 from __future__ import annotations
 
@@ -30,8 +30,9 @@ TINY = [
 
 
 def commands() -> list[str]:
-    """Lines of the README's sh blocks, without comments."""
-    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    """Lines of the sh blocks of the README and the guides, without comments."""
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    blocks = [block for page in pages for block in re.findall(r"```sh\n(.*?)```", page.read_text(), re.DOTALL)]
     lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines()]
     return [line for line in lines if line]
 
@@ -67,7 +68,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_readme_has_the_two_commands_and_the_examples() -> None:
-    assert [line for line in commands() if line.startswith("make")] == ["make train", "make test", "make recall"]
+    assert [line for line in commands() if line.startswith("make")] == [
+        "make train",
+        "make test",
+        "make matrix",
+        "make recall",
+    ]
     assert len(runnable()) >= 10
     assert len(programs()) >= 2
 

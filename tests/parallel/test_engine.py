@@ -39,18 +39,18 @@ def rows(step: int) -> Tensor:
     return torch.randint(0, 64, (BATCH, LENGTH + 1), generator=torch.Generator().manual_seed(step))
 
 
-def learning_rate(step: int) -> float:
+def learning_rate(step: int, config: Config = CONFIG) -> float:
     """Linear warm-up, then cosine to a tenth; `step` counts from 1."""
-    peak, warmup = CONFIG.optimizer.lr, CONFIG.optimizer.warmup_steps
+    peak, warmup = config.optimizer.lr, config.optimizer.warmup_steps
     if step <= warmup:
         return peak * step / warmup
     share = (step - warmup) / (STEPS - warmup)
     return 0.1 * peak + 0.9 * peak * 0.5 * (1 + math.cos(math.pi * share))
 
 
-def one_process() -> tuple[list[tuple[float, float]], dict[str, Tensor]]:
+def one_process(config: Config = CONFIG) -> tuple[list[tuple[float, float]], dict[str, Tensor]]:
     """(loss, gradient norm) of every step, and the parameters after the last."""
-    model = build_model(CONFIG.model, CONFIG.training.seed)
+    model = build_model(config.model, config.training.seed)
     decay, rest = [], []
     for name, value in model.named_parameters():
         matrix = value.dim() >= 2 and not any(part in name for part in ("norm", "gain", "bias", "tokens", "conv"))
@@ -64,9 +64,9 @@ def one_process() -> tuple[list[tuple[float, float]], dict[str, Tensor]]:
         loss = F.cross_entropy(model(x[:, :-1]).flatten(0, 1), x[:, 1:].flatten())
         optimizer.zero_grad()
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CONFIG.optimizer.clip_grad)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip_grad or math.inf)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step + 1)
+            group["lr"] = learning_rate(step + 1, config)
         optimizer.step()
         history.append((loss.item(), norm.item()))
     return history, {name: value.detach() for name, value in model.named_parameters()}
@@ -77,9 +77,11 @@ def train_rank(rank: int, world: int, config: Config) -> tuple[Any, ...]:
 
     from titans_dist.parallel import cpu
     from titans_dist.parallel.engine import Engine
+    from titans_dist.parallel.pipeline import whole_name
+    from titans_dist.parallel.processes import make_groups
 
     cpu.install()
-    parallel_state.initialize_model_parallel(config.parallel.tensor)
+    make_groups(config.parallel)
     engine = Engine(config, torch.device("cpu"))
     history = []
     for step in range(STEPS):
@@ -88,30 +90,46 @@ def train_rank(rank: int, world: int, config: Config) -> tuple[Any, ...]:
         history.append((result.loss, result.grad_norm))
         assert result.lr == pytest.approx(learning_rate(step + 1))
     parts = {
-        name: (value.detach(), value.partition_dim if value.tensor_model_parallel else None)  # type: ignore[attr-defined]
+        whole_name(name, config.model): (
+            value.detach(),
+            value.partition_dim if value.tensor_model_parallel else None,  # type: ignore[attr-defined]
+        )
         for name, value in engine.stages[0].model.named_parameters()
     }
     return history, parts, parallel_state.get_tensor_model_parallel_rank()
 
 
-@pytest.mark.parametrize(
-    ("world", "tensor", "sequence"),
-    [(1, 1, True), (2, 2, True), (2, 2, False), (2, 1, True), (4, 2, True), (4, 4, True), (4, 4, False)],
-    ids=["one", "tp2_sp", "tp2", "dp2", "tp2_sp_dp2", "tp4_sp", "tp4"],
-)
-def test_losses_norms_and_parameters_equal_one_process(world: int, tensor: int, sequence: bool) -> None:
+LAYOUTS = {
+    "one": (1, ParallelConfig()),
+    "tp2_sp": (2, ParallelConfig(tensor=2)),
+    "tp2": (2, ParallelConfig(tensor=2, sequence=False)),
+    "dp2": (2, ParallelConfig()),
+    "tp2_sp_dp2": (4, ParallelConfig(tensor=2)),
+    "tp4_sp": (4, ParallelConfig(tensor=4)),
+    "tp4": (4, ParallelConfig(tensor=4, sequence=False)),
+    "pp2": (2, ParallelConfig(pipeline=2)),
+    "pp2_dp2": (4, ParallelConfig(pipeline=2)),
+    "cp3_ring": (3, ParallelConfig(context=3, context_mode="ring")),
+    "pp2_cp3": (6, ParallelConfig(pipeline=2, context=3)),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_losses_norms_and_parameters_equal_one_process(layout: str) -> None:
+    world, parallel = LAYOUTS[layout]
     wanted_history, wanted = one_process()
-    config = dataclasses.replace(CONFIG, parallel=ParallelConfig(tensor=tensor, sequence=sequence))
-    ranks = run_distributed(train_rank, world, config)
+    ranks = run_distributed(train_rank, world, dataclasses.replace(CONFIG, parallel=parallel))
+    seen: set[str] = set()
     for history, parts, tensor_rank in ranks:
         for (loss, norm), (wanted_loss, wanted_norm) in zip(history, wanted_history, strict=True):
             assert loss == pytest.approx(wanted_loss, rel=2e-6)
             assert norm == pytest.approx(wanted_norm, rel=1e-4)
-        assert set(parts) == set(wanted)
         for name, (value, axis) in parts.items():
             whole = wanted[name]
-            expected = whole if axis is None else whole.chunk(tensor, axis)[tensor_rank]
+            expected = whole if axis is None else whole.chunk(parallel.tensor, axis)[tensor_rank]
             torch.testing.assert_close(value, expected, rtol=0, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        seen |= set(parts)
+    assert seen == set(wanted)
 
 
 def test_bfloat16_follows_float32_roughly() -> None:

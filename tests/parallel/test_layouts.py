@@ -63,6 +63,7 @@ TNT = variant("lmm", global_chunk_size=16, shard_size=8)
 SWA = variant("swa")
 RETNET = variant("lmm", preset="retnet")
 MATRIX_WITH_MOMENTUM = variant("lmm", depth=1, residual=False)
+FULL_WIDTH = dataclasses.replace(MODELS["lmm"], num_heads=1)
 CHANNEL_WISE = variant("lmm", channel_wise=True, gate_rank=4)
 MORE = {
     "tied_weights_in_one_stage_of_two_parts": (MODELS["mag"], {"pipeline": 2, "virtual": 2, "layers": [1, 1, 1, 1]}),
@@ -78,6 +79,9 @@ MORE = {
     "channel_wise_ring": (CHANNEL_WISE, {"context": 2, "context_mode": "ring"}),
     "tnt_ring": (TNT, {"context": 2, "context_mode": "ring"}),
     "tnt_heads_tensor": (TNT, {"context": 2, "context_mode": "heads", "tensor": 2}),
+    "one_head_in_two": (FULL_WIDTH, {"tensor": 2, "sequence": False}),
+    "one_head_in_four_sequence_parallel": (FULL_WIDTH, {"tensor": 4}),
+    "one_head_in_two_of_two_stages": (FULL_WIDTH, {"tensor": 2, "pipeline": 2}),
     "window_in_two_shares": (SWA, {"context": 2}),
     "window_wider_than_a_share": (dataclasses.replace(SWA, window=20), {"context": 4}),
     "window_of_one": (dataclasses.replace(SWA, window=1), {"context": 2}),
@@ -85,6 +89,21 @@ MORE = {
     "data_and_context": (MODELS["mag"], {"context": 2, "data": 2}),
     "data_and_pipeline": (MODELS["mag"], {"pipeline": 2, "data": 2}),
 }
+
+
+FULL_RECOMPUTE = {
+    "ring": (MODELS["lmm"], {"context": 2, "context_mode": "ring"}),
+    "mac_ring": (MODELS["mac"], {"context": 2}),
+    "heads_in_two_stages": (MODELS["mag"], {"context": 2, "context_mode": "heads", "pipeline": 2}),
+}
+
+
+@pytest.mark.parametrize("name", FULL_RECOMPUTE)
+def test_working_blocks_out_again_equals_one_process(name: str) -> None:
+    model, parallel = FULL_RECOMPUTE[name]
+    settings = config(model, **parallel)  # type: ignore[arg-type]
+    settings.training.recompute = "full"
+    check_layout(settings)
 
 
 @pytest.mark.parametrize("name", MORE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import accumulate, pairwise
+from math import lcm
 
 from titans_dist.config.checks import at_least, nearest_divisor, nearest_multiple, one_of
 from titans_dist.config.errors import ConfigError
@@ -127,8 +128,11 @@ def validate_batch(config: Config, copies: int) -> None:
 
 def _tensor(config: Config) -> None:
     model, tensor = config.model, config.parallel.tensor
+    shared = model.num_heads == 1 and tensor > 1 and model.variant == "lmm"
+    if shared:
+        _full_width(config)
     for key, value in (
-        ("model.num_heads", model.num_heads),
+        ("model.num_heads", 0 if shared else model.num_heads),
         ("model.vocab_size", model.vocab_size),
         ("the MLP width (model.intermediate_size)", model.mlp_size),
     ):
@@ -137,6 +141,31 @@ def _tensor(config: Config) -> None:
                 f"parallel.tensor={tensor} does not divide {key}={value}; "
                 f"the nearest legal parallel.tensor is {nearest_divisor(value, tensor)}"
             )
+
+
+def _full_width(config: Config) -> None:
+    """Rules for a memory of one head, whose hidden units the tensor-parallel processes share out."""
+    model, tensor = config.model, config.parallel.tensor
+    choice, what = model.memory.choice, f"parallel.tensor={tensor} shares out the hidden units of the one head"
+    for key, value, legal in (
+        ("model.memory.depth", choice("depth"), (2,)),
+        ("model.memory.retention", choice("retention"), ("none", "l2")),
+        ("model.memory.anchor", choice("anchor"), ("chunk",)),
+        ("model.memory.channel_wise", model.memory.channel_wise, (False,)),
+        ("model.memory.global_chunk_size", model.memory.global_chunk_size, (None,)),
+        ("data.documents", config.data.documents, ("joined",)),
+        ("parallel.context", config.parallel.context, (1,)),
+    ):
+        if value not in legal:
+            raise ConfigError(
+                f"{what}, which is not offered with {key}={value}; use {key}={' or '.join(map(str, legal))}, "
+                "or parallel.tensor=1"
+            )
+    if model.hidden_size % tensor:
+        raise ConfigError(
+            f"{what}, but does not divide model.hidden_size={model.hidden_size}; "
+            f"the nearest legal parallel.tensor is {nearest_divisor(model.hidden_size, tensor)}"
+        )
 
 
 def _pipeline(config: Config) -> None:
@@ -171,14 +200,15 @@ def _context(config: Config) -> None:
             f"parallel.context={ways} is not possible with training.carry_state=true: what one step leaves at the end "
             "of the sequence the next one needs at its beginning; use parallel.context=1 or carry_state=false"
         )
-    share = length // ways
-    for key, value in _grains(model).items():
+    share, grains = length // ways, _grains(model)
+    whole = lcm(*grains.values())
+    for key, value in grains.items():
         if length % (ways * value):
             what = f"{key}={value}" if value > 1 else "a token"
+            possible = nearest_divisor(length // whole, ways) if length % whole == 0 else 1
             raise ConfigError(
-                f"parallel.context={ways} splits data.sequence_length={length} inside {what}; "
-                f"use data.sequence_length={nearest_multiple(length, ways * value)} or "
-                f"parallel.context={nearest_divisor(max(1, length // value), ways)}"
+                f"parallel.context={ways} splits data.sequence_length={length} inside {what}; use "
+                f"data.sequence_length={nearest_multiple(length, ways * whole)} or parallel.context={possible}"
             )
     if model.has_memory and share < model.conv_kernel - 1:
         raise ConfigError(
@@ -258,13 +288,19 @@ def _engine(config: Config) -> None:
         )
     if training.zero_stage == 0 and training.precision == "bfloat16":
         raise ConfigError(
-            "training.zero_stage=0 is not offered with training.precision=bfloat16: DeepSpeed would add gradients up in "
-            "bfloat16; use training.zero_stage=1, or training.precision=float32"
+            "training.zero_stage=0 is not offered with training.precision=bfloat16, in which DeepSpeed would add "
+            "gradients up; use training.zero_stage=1, or training.precision=float32"
         )
-    if training.zero_stage == 3 and training.carry_state:
+    if training.zero_stage > 1 and training.carry_state:
         raise ConfigError(
-            "training.zero_stage=3 is not offered with training.carry_state=true, whose processes do not all have a "
-            "gradient for what a document begins with; use training.zero_stage=2"
+            f"training.zero_stage={training.zero_stage} is not offered with training.carry_state=true: it reduces "
+            "gradients in the order in which they come, which is another one where no document begins; "
+            "use training.zero_stage=1"
+        )
+    if training.zero_stage == 3 and parallel.context > 1 and config.model.variant == "mac":
+        raise ConfigError(
+            f"training.zero_stage=3 is not offered with parallel.context={parallel.context} and model.variant=mac: its "
+            "processes do not need the split parameters at the same time; use training.zero_stage=2"
         )
     if training.offload and training.zero_stage == 0:
         raise ConfigError("training.offload=true needs training.zero_stage=1 or more, whose states it moves; use 1")

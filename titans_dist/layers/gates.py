@@ -36,6 +36,7 @@ class GateMap(nn.Module):
     """(B, T, hidden) -> a number per head (B, T, H); per channel (B, T, H, D) through a low rank."""
 
     plan: ClassVar = {"map": "column"}
+    full_width: ClassVar = {"map": "input"}
 
     def __init__(self, config: ModelConfig, bias: float, channel_wise: bool) -> None:
         super().__init__()
@@ -55,6 +56,7 @@ class Gates(nn.Module):
     """The gates that a memory of `spec`, written in chunks of `chunk_size` tokens, needs."""
 
     plan: ClassVar = {"constant_alpha": "heads"}
+    full_width: ClassVar = {"constant_alpha": "whole"}
     constant_alpha: Tensor | None
 
     def __init__(self, config: ModelConfig, spec: MemorySpec, chunk_size: int) -> None:

@@ -21,6 +21,7 @@ class InnerMemory(nn.Module):
     """Writes keys and values (B, T, H, D) into its memory and reads it with queries, both (B, T, H, D)."""
 
     plan: ClassVar = {"weights": "heads", "gain": "heads", "bias": "heads"}
+    full_width: ClassVar = {"weights": "hidden", "gain": "whole", "bias": "whole"}
 
     def __init__(self, config: ModelConfig, chunk_size: int, read: str) -> None:
         super().__init__()
@@ -30,8 +31,10 @@ class InnerMemory(nn.Module):
         self.backend = memory.backend
         self.recompute, self.state_grad_clip = True, memory.state_grad_clip
         self.gates = Gates(config, self.spec, chunk_size)
+        self.kernel: Callable[..., tuple[Tensor, MemoryState]] = neural_memory
+        """What computes the memory: `neural_memory`, or a form of it for some other arrangement of its weights."""
         self.operator: Callable[..., tuple[Tensor, MemoryState]] = self._observed
-        """What `forward` calls: `neural_memory`, or a form of it for some other arrangement of the tokens."""
+        """What `forward` calls: the kernel, or something around it for some other arrangement of the tokens."""
         # What is linear in its state starts from nothing, as its papers have it; a network must start as one.
         stds = [0.0] if is_linear_recurrence(self.spec) else self.spec.initial_std(dim)
         self.weights = nn.ParameterList(
@@ -72,7 +75,7 @@ class InnerMemory(nn.Module):
 
     def read_persistent(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, MemoryState]:
         """The tokens before every sequence (1, P, ...), written as one chunk of their own."""
-        return neural_memory(
+        return self.kernel(
             q,
             k,
             v,
@@ -112,8 +115,8 @@ class InnerMemory(nn.Module):
         }
 
     def _observed(self, q: Tensor, k: Tensor, v: Tensor, **given: Any) -> tuple[Tensor, MemoryState]:
-        """`neural_memory`, seen by the telemetry."""
-        y, after = neural_memory(q, k, v, **given)
+        """The kernel, seen by the telemetry."""
+        y, after = self.kernel(q, k, v, **given)
         observe(
             self,
             k=k,

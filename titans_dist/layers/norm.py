@@ -26,6 +26,7 @@ class HeadNorm(nn.Module):
     """RMSNorm of every head by itself with a learned weight per head, (B, T, H, D) -> the same shape."""
 
     plan: ClassVar = {"weight": "heads"}
+    full_width: ClassVar = {"weight": "whole"}
 
     def __init__(self, num_heads: int, head_dim: int, eps: float) -> None:
         super().__init__()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,16 +20,18 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from titans_dist.config import Config, OptimizerConfig, validate
+from titans_dist.config import Config, ConfigError, OptimizerConfig, validate
 from titans_dist.config.layout import bubble, context_groups, model_size, uses_ring
 from titans_dist.layers.parameter import Parameter
 from titans_dist.model import LanguageModel, build_model
+from titans_dist.parallel.communication import Communication, Row, count_communication, table
 from titans_dist.parallel.context import ring
-from titans_dist.parallel.engine import Engine
+from titans_dist.parallel.engines import build_engine
 from titans_dist.parallel.pipeline import whole_name
 from titans_dist.parallel.processes import processes
 from titans_dist.parallel.schedule import loss_and_tokens, run_schedule
 from titans_dist.parallel.stage import MicroBatch, build_stages, stage_inputs
+from titans_dist.plan.communication import analytic
 
 STEPS = 3
 HEAD_DIM = 16
@@ -62,6 +65,8 @@ class CheckResult:
     """Share of its turns that a process of the ring waits, replayed from what was done; None without a ring."""
     expected_bubble: float | None
     """The same by its formula."""
+    sent: list[Row]
+    """What rank 0 has sent in one step, as counted and as worked out beforehand."""
 
     @property
     def passed(self) -> bool:
@@ -80,7 +85,7 @@ def check_layout(config: Config) -> CheckResult | None:
         ring.turns = [] if uses_ring(small) else None
         gradients = layout_gradients(small, device)
         turns, ring.turns = ring.turns, None
-        curve = _train(small, device)
+        curve, counted = _train(small, device)
         alone = _one_process(small, device) if dist.get_rank() == 0 else None
         shared = [alone]
         dist.broadcast_object_list(shared, src=0)
@@ -104,7 +109,11 @@ def check_layout(config: Config) -> CheckResult | None:
         ]
         groups = context_groups(small.parallel, small.training.micro_batch_size, _heads_in_a_ring(small))
         expected = None if waited is None else bubble(small.parallel.context, groups)
-        return CheckResult(comparisons, dist.get_world_size(), waited, expected)
+        try:
+            traffic = analytic(small, copies)
+        except ConfigError:  # not worked out for this layout; counted it is
+            traffic = []
+        return CheckResult(comparisons, dist.get_world_size(), waited, expected, table(counted, traffic))
 
 
 def narrow(config: Config, copies: int) -> Config:
@@ -191,15 +200,16 @@ def layout_gradients(config: Config, device: torch.device) -> dict[str, tuple[Te
     return found
 
 
-def _train(config: Config, device: torch.device) -> _Curve:
-    """The layout's own training step, engine and all."""
-    engine = Engine(config, device)
-    losses, norms = [], []
+def _train(config: Config, device: torch.device) -> tuple[_Curve, Communication]:
+    """The layout's own training step, engine and all, and what this process has sent in the last one."""
+    engine = build_engine(config, device)
+    losses, norms, sent = [], [], Communication()
     for step in range(STEPS):
-        result = engine.step(_micro_batches(config, step, engine.data_rank, engine.data_size))
+        with count_communication() if step == STEPS - 1 else nullcontext(sent) as sent:
+            result = engine.step(_micro_batches(config, step, engine.data_rank, engine.data_size))
         losses.append(result.loss)
         norms.append(result.grad_norm)
-    return _Curve(losses, norms, {})
+    return _Curve(losses, norms, {}), sent
 
 
 def _one_process(config: Config, device: torch.device) -> _Curve:

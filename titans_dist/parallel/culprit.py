@@ -15,20 +15,30 @@ Place = tuple[int, int, str]
 """The number of the block, what the order inside it is, and the path of a module or parameter."""
 
 
-def find_culprit(models: list[nn.Module], forward: Callable[[], object]) -> str:
+Gradient = Callable[[nn.Parameter], Tensor]
+"""What is left of a parameter's gradient after a step: all of it, or as little as its largest size."""
+
+
+def main_grad(value: nn.Parameter) -> Tensor:
+    """Where megatron-core collects it."""
+    return value.main_grad  # type: ignore[attr-defined]
+
+
+def find_culprit(models: list[nn.Module], forward: Callable[[], object], gradient: Gradient = main_grad) -> str:
     """A sentence that names it, the same on every rank. Collective: `forward` runs the parts of the model that this
     rank has as the failed step did.
 
     Every rank runs all of it, whatever it finds, because the modules communicate. Of what the ranks find, the earliest
-    counts. The gradients must still be those of the failed step.
+    counts. `gradient` must still give those of the failed step.
     """
     found = _agreed(first_output(models, forward))
     if found is not None:
         return f"the first output that is not finite is that of {found}"
-    found = _agreed(_first_gradient(models))
+    found = _agreed(_first_gradient(models, gradient))
     if found is not None:
         return f"every output is finite; backward from the loss, the first gradient that is not is that of {found}"
-    return f"every output and every gradient is finite; the largest gradient is that of {_largest_gradient(models)}"
+    largest = _largest_gradient(models, gradient)
+    return f"every output and every gradient is finite; the largest gradient is that of {largest}"
 
 
 def first_output(models: list[nn.Module], forward: Callable[[], object]) -> Place | None:
@@ -60,19 +70,19 @@ def first_output(models: list[nn.Module], forward: Callable[[], object]) -> Plac
     return found[0] if found else None
 
 
-def _first_gradient(models: list[nn.Module]) -> Place | None:
+def _first_gradient(models: list[nn.Module], gradient: Gradient) -> Place | None:
     """The last parameter in the order of the forward pass whose gradient is not finite: backward was there first."""
     named = [item for model in models for item in model.named_parameters()]
     for number, (path, value) in enumerate(reversed(named)):
-        if not _gradient(value).isfinite().all():
+        if not gradient(value).isfinite().all():
             return -_block(path), number, path
     return None
 
 
-def _largest_gradient(models: list[nn.Module]) -> str:
+def _largest_gradient(models: list[nn.Module], gradient: Gradient) -> str:
     """Of all ranks, with its size."""
     named = [item for model in models for item in model.named_parameters()]
-    sizes = [(float(_gradient(value).abs().max()), path) for path, value in named]
+    sizes = [(float(gradient(value).abs().max()), path) for path, value in named]
     size, path = max(_gathered(max(sizes)))
     return f"{path} ({size:.1e})"
 
@@ -83,11 +93,6 @@ def _block(path: str) -> int:
     if room == "blocks":
         return int(rest.partition(".")[0])
     return -1 if room == "embedding" else 1 << 30
-
-
-def _gradient(value: nn.Parameter) -> Tensor:
-    """Where megatron-core collects it."""
-    return value.main_grad  # type: ignore[attr-defined]
 
 
 def _agreed(found: Place | None) -> str | None:

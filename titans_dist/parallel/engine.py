@@ -5,16 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, ParamKey, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler, ParamGroupOverride
+from megatron.core.optimizer_param_scheduler import ParamGroupOverride
 from torch import Tensor, nn
 
 from titans_dist.config import Config
@@ -22,7 +20,9 @@ from titans_dist.layers.telemetry import Records, collect
 from titans_dist.parallel.carried import CarriedState
 from titans_dist.parallel.cpu import cpu_device_mode
 from titans_dist.parallel.culprit import find_culprit
+from titans_dist.parallel.learning_rate import learning_rate_schedule
 from titans_dist.parallel.optimizer_state import load_optimizer_state, optimizer_sharded_state
+from titans_dist.parallel.results import StepResult, first_memories
 from titans_dist.parallel.schedule import is_first_pipeline, loss_and_tokens, mean_loss, run_schedule
 from titans_dist.parallel.stage import (
     MicroBatch,
@@ -32,17 +32,6 @@ from titans_dist.parallel.stage import (
     sharded_model,
     stage_inputs,
 )
-
-
-@dataclass
-class StepResult:
-    """What one optimizer step gave, the same on every rank: mean loss in nats, gradient norm, learning rate used."""
-
-    loss: float
-    grad_norm: float
-    lr: float
-    memories: dict[str, dict[str, Any]] | None = None
-    """How this rank's part of each memory was doing in the first micro-batch, where that was asked for."""
 
 
 class Engine:
@@ -70,7 +59,7 @@ class Engine:
                 config_overrides={ParamKey(attr="no_decay"): ParamGroupOverride(wd_mult=0.0)},
             )
         # Built before the first step: weight decay exclusions act only through it.
-        self.scheduler = _scheduler(config, self.optimizer)
+        self.scheduler = learning_rate_schedule(config, self.optimizer)
         self.observes = False
         """Whether the next step looks into the memories, as far as they are those of rank 0's pipeline."""
         self._records: list[Records | None] = [None] * len(self.modules)
@@ -110,19 +99,8 @@ class Engine:
         return run_schedule(self.modules, self._forward, batches, forward_only)
 
     def _memories(self) -> dict[str, dict[str, Any]] | None:
-        """What the pipeline of rank 0 has seen of its memories, on rank 0."""
-        found: dict[str, dict[str, Any]] = {}
-        for number, (stage, records) in enumerate(zip(self.stages, self._records, strict=True)):
-            if records is not None:
-                found |= records.summary(stage.model)
-            self._records[number] = None
-        if not is_first_pipeline():
-            return None
-        group = parallel_state.get_pipeline_model_parallel_group()
-        everybody: list[Any] = [None] * group.size()
-        dist.all_gather_object(everybody, found, group=group)
-        memories = {path: numbers for one in everybody for path, numbers in one.items()}
-        return dict(sorted(memories.items(), key=lambda item: _block(item[0]))) or None
+        records, self._records = self._records, [None] * len(self.modules)
+        return first_memories(self.stages, records)
 
     def _update(self) -> float:
         """The optimizer's step by its parts: what is not finite reaches no parameter. Returns the gradient norm."""
@@ -174,11 +152,6 @@ class Engine:
         self.scheduler.num_steps = step
 
 
-def _block(path: str) -> list[tuple[int, str]]:
-    """What sorts paths by the number of their block."""
-    return [(int(part) if part.isdigit() else 0, part) for part in path.split(".")]
-
-
 def _optimizer_config(config: Config) -> OptimizerConfig:
     optimizer, bf16 = config.optimizer, config.training.precision == "bfloat16"
     return OptimizerConfig(
@@ -193,23 +166,4 @@ def _optimizer_config(config: Config) -> OptimizerConfig:
         use_distributed_optimizer=True,
         bf16=bf16,
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
-    )
-
-
-def _scheduler(config: Config, optimizer: Any) -> OptimizerParamScheduler:
-    """Linear warm-up, then cosine. Stepped before each optimizer step, so that the first one already learns."""
-    settings = config.optimizer
-    return OptimizerParamScheduler(
-        optimizer,
-        init_lr=0.0,
-        max_lr=settings.lr,
-        min_lr=settings.lr * settings.min_lr_ratio,
-        lr_warmup_steps=settings.warmup_steps,
-        # A run that ends inside its warm-up is a short trial of the long one, and legal.
-        lr_decay_steps=max(config.training.steps, settings.warmup_steps + 1),
-        lr_decay_style="cosine",
-        start_wd=settings.weight_decay,
-        end_wd=settings.weight_decay,
-        wd_incr_steps=config.training.steps,
-        wd_incr_style="constant",
     )

@@ -12,7 +12,7 @@ them (on GPU machines too), the first four of these things break; the fifth alwa
 4. The plain optimizers save no ``step`` when it is 0, and Adam misses it at the next step.
 5. Where gradients are in more than one bucket and a bucket is padded, ``fully_reshardable`` cuts the parameters of all
    later buckets out of the wrong places: it looks where they are with the padding, in a tensor without. Nothing says
-   so; the values of a load are wrong. Tied embeddings have a bucket of their own in a pipeline, so all of those are hit.
+   so; the values of a load are wrong. In a pipeline tied embeddings have a bucket of their own: all of those are hit.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.enums import ModelType
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from megatron.core.transformer.module import Float16Module, MegatronModule
@@ -78,12 +79,15 @@ class Stage(MegatronModule):
             key = prefix + whole_name(name, self.model.config)
             # Of a weight that two parts hold, the first one's is written.
             copy = {"replica_id": (1, 0, _data_rank())} if getattr(value, "shared", False) else {}
-            if value.tensor_model_parallel:  # type: ignore[attr-defined]
-                axis = value.partition_dim  # type: ignore[attr-defined]
-                sharded[name] = make_tp_sharded_tensor_for_checkpoint(value, key, axis, **copy)
-            else:
-                sharded[name] = make_sharded_tensor_for_checkpoint(value, key, **copy)
+            sharded[name] = sharded_parameter(value, value, key, **copy)
         return sharded
+
+
+def sharded_parameter(parameter: nn.Parameter, data: Tensor, key: str, **copy: Any) -> ShardedTensor:
+    """`data`, which has the shape of this rank's part of a parameter, as part of the whole under `key`."""
+    if parameter.tensor_model_parallel:  # type: ignore[attr-defined]
+        return make_tp_sharded_tensor_for_checkpoint(data, key, parameter.partition_dim, **copy)  # type: ignore[attr-defined]
+    return make_sharded_tensor_for_checkpoint(data, key, **copy)
 
 
 def sharded_model(stages: list[Stage]) -> dict[str, Any]:
@@ -143,7 +147,7 @@ def _transformer_config(config: Config) -> TransformerConfig:
     return TransformerConfig(
         num_layers=parallel.pipeline * parallel.virtual,  # what megatron-core divides; the blocks are divided here
         hidden_size=model.hidden_size,
-        num_attention_heads=model.num_heads,
+        num_attention_heads=max(model.num_heads, parallel.tensor),  # not used here, but checked there
         ffn_hidden_size=model.mlp_size,
         tensor_model_parallel_size=parallel.tensor,
         sequence_parallel=parallel.sequence and parallel.tensor > 1,

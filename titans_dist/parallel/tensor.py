@@ -15,7 +15,6 @@ from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
-    copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
     set_tensor_model_parallel_attributes,
 )
@@ -24,10 +23,14 @@ from torch.distributed import ProcessGroup
 
 from titans_dist.layers.parameter import Parameter, initial_value
 from titans_dist.model import LanguageModel, planned
+from titans_dist.parallel.full_width import InputLinear, share_out_hidden_units
 from titans_dist.parallel.pipeline import whole_name
+from titans_dist.parallel.regions import enter
 
 # The dimension of a parameter that is split, by what its plan calls it.
 AXES = {"column": 0, "row": 1, "heads": 0, "vocabulary": 0}
+# Of "input" the weight alone is split, of "hidden" the first layer's outputs and the second one's inputs.
+AXES_BY_NAME = {"input": {"weight": 1}, "hidden": {"0": 2, "1": 1}}
 
 
 class ColumnLinear(ColumnParallelLinear):
@@ -73,12 +76,14 @@ def build_parallel(model: LanguageModel, config: ModelParallelConfig, group: Pro
     """
     size, rank = group.size(), group.rank()
     wholes = {name: value for name, value in model.named_parameters() if isinstance(value, Parameter)}
-    axes = _axes(model)
+    axes = _axes(model, size)
     partial = {"shared": "", "norm": ".weight"}  # with sequence parallelism, each rank has a part of their gradient
-    summed = {f"{path}.{c}".lstrip(".") + partial[kind] for path, _, c, kind in planned(model) if kind in partial}
+    summed = {f"{path}.{c}".lstrip(".") + partial[kind] for path, _, c, kind in planned(model, size) if kind in partial}
     if size > 1:
-        for _, module, child, kind in list(planned(model)):
+        for _, module, child, kind in list(planned(model, size)):
             _swap(module, child, kind, config)
+    if size > model.config.num_heads:
+        share_out_hidden_units(model)
     for name, whole in wholes.items():
         axis = axes.get(name)
         value = initial_value(whole_name(name, model.config), whole, seed)
@@ -99,14 +104,16 @@ def build_parallel(model: LanguageModel, config: ModelParallelConfig, group: Pro
         model.tie_embeddings()
 
 
-def _axes(model: LanguageModel) -> dict[str, int]:
+def _axes(model: LanguageModel, size: int) -> dict[str, int]:
     """The split dimension of every parameter and buffer that has one, by its name."""
     axes = {}
-    for path, module, child, kind in planned(model):
+    for path, module, child, kind in planned(model, size):
         prefix, target = f"{path}.{child}".lstrip("."), getattr(module, child)
         if kind in AXES:
             names = [n for n, _ in target.named_parameters()] if isinstance(target, nn.Module) else [""]
             axes.update({f"{prefix}.{n}".rstrip("."): AXES[kind] for n in names})
+        for name, axis in AXES_BY_NAME.get(kind, {}).items():
+            axes[f"{prefix}.{name}"] = axis
     return axes
 
 
@@ -116,6 +123,8 @@ def _swap(module: nn.Module, child: str, kind: str, config: ModelParallelConfig)
         setattr(module, child, ColumnLinear(target, config))
     elif kind == "row":
         setattr(module, child, RowLinear(target, config))
+    elif kind == "input":
+        setattr(module, child, InputLinear(target))
     elif kind == "vocabulary":
         embedding = VocabParallelEmbedding(
             target.num_embeddings,
@@ -133,7 +142,7 @@ def _swap(module: nn.Module, child: str, kind: str, config: ModelParallelConfig)
 
 def _enter(module: nn.Module, args: tuple[Tensor, ...], x: Tensor) -> Tensor:
     """The same tensor on every rank, whose gradient is the sum over them."""
-    return copy_to_tensor_model_parallel_region(x)
+    return enter(x)
 
 
 def _enter_sequence_parallel(module: nn.Module, args: tuple[Tensor, ...], x: Tensor) -> Tensor:

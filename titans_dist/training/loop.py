@@ -17,7 +17,7 @@ from titans_dist.checkpoint.store import Store
 from titans_dist.config import Config, HealthError, Interrupted, UserError
 from titans_dist.config.layout import describe_layout
 from titans_dist.model import describe
-from titans_dist.parallel.engine import Engine
+from titans_dist.parallel.engines import build_engine
 from titans_dist.parallel.processes import any_rank, processes
 from titans_dist.parallel.stage import MicroBatch
 from titans_dist.run.data import open_rows
@@ -44,7 +44,7 @@ class Training:
     def __init__(self, config: Config, device: torch.device, stop: StopRequest) -> None:
         self.config, self.device, self.stop = config, device, stop
         self.main = dist.get_rank() == 0
-        self.engine = Engine(config, device)
+        self.engine = build_engine(config, device)
         self.rows = open_rows(config, "train")
         self.identity = identity(config, self.rows.source.fingerprint)
         self.store = Store(Path(config.run_dir) / "checkpoints")

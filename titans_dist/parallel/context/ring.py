@@ -90,7 +90,9 @@ class _Wavefront(torch.autograd.Function):
             state = [_leaf(x) for x in own] if found is None else [x.requires_grad_() for x in found]
             clip = None if limit is None else StateGradClip(limit, is_shared=context.rank > 0)
             _note("work", g)
-            with torch.set_grad_enabled(needs_grad):
+            # Whatever the outer graph does with saved tensors is not for this one: a checkpoint around it would run the
+            # block anew inside a backward pass that other processes wait for.
+            with torch.set_grad_enabled(needs_grad), torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
                 y, after = cell(inputs, state, shared, clip)
             link.send(after, g)
             outputs.append(y.detach())
@@ -240,6 +242,10 @@ def _widest(tensors: Sequence[Tensor]) -> torch.dtype:
 def _leaf(x: Tensor) -> Tensor:
     """The same numbers at the root of a graph of their own; a parameter is a root, and cells use it where it is."""
     return x if isinstance(x, nn.Parameter) else x.detach().requires_grad_(x.requires_grad)
+
+
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
 
 
 def _filled(grad: Tensor | None, like: Tensor) -> Tensor:
