@@ -11,6 +11,7 @@ import psutil
 from rich.table import Table
 
 from titans_dist.config import Config, MemoryConfig, ModelConfig
+from titans_dist.config.layout import context_mode, describe_layout, parts, world_size
 from titans_dist.config.sizes import parameter_count
 from titans_launch import tables
 
@@ -61,11 +62,12 @@ def devices() -> list[tuple[str, str]]:
 def model(config: ModelConfig) -> list[tuple[str, str]]:
     """What the model is, and how large."""
     count = parameter_count(config)
+    grouped = f", attention with {config.kv_heads} for keys and values" if config.kv_heads < config.num_heads else ""
     asked = f" ({count / config.parameters - 1:+.1%} of model.parameters)" if config.parameters else ""
     return [
         ("variant", config.variant),
         ("blocks", f"{config.num_layers} of width {config.hidden_size}, MLP {config.mlp_size}"),
-        ("heads", f"{config.num_heads} of {config.head_dim}"),
+        ("heads", f"{config.num_heads} of {config.head_dim}{grouped}"),
         ("memory", memory(config.memory) if config.has_memory else "none"),
         ("parameters", f"{count:,}{asked}"),
     ]
@@ -87,16 +89,34 @@ def memory(config: MemoryConfig) -> str:
 
 def layout(config: Config) -> list[tuple[str, str]]:
     """How a run of this configuration is split over processes."""
-    tensor, data, training = config.parallel.tensor, config.parallel.data or 1, config.training
+    parallel, data, training = config.parallel, config.parallel.data or 1, config.training
     tokens = training.global_batch_size * config.data.sequence_length
     micro = training.global_batch_size // (training.micro_batch_size * data)
     free = "" if config.parallel.data else " (parallel.data unset: as many as are launched)"
     return [
         ("run", tables.place(config.run_dir)),
-        ("processes", f"{tensor * data} = tensor {tensor} x data {data}{free}"),
+        ("processes", f"{world_size(parallel)} = {describe_layout(parallel, data)}{free}"),
+        *stages(config),
         ("batch", f"{training.global_batch_size} sequences = {tokens:,} tokens, {micro} micro-batch(es) per copy"),
         ("steps", f"{training.steps:,}, {training.steps * tokens:,} tokens in all"),
     ]
+
+
+def stages(config: Config) -> list[tuple[str, str]]:
+    """What each pipeline stage holds, and how memories cross the shares of a sequence; where there are any."""
+    parallel, rows = config.parallel, []
+    if parallel.pipeline > 1:
+        every = parts(parallel, config.model.num_layers)
+        named = [
+            " and ".join(f"{part.start} to {part.stop - 1}" for part in every[stage :: parallel.pipeline])
+            for stage in range(parallel.pipeline)
+        ]
+        rows.append(("blocks of each stage", "; ".join(named)))
+    if parallel.context > 1:
+        share = config.data.sequence_length // parallel.context
+        crossing = f", memories by {context_mode(config)}" if config.model.has_memory else ""
+        rows.append(("each sequence", f"{parallel.context} shares of {share} tokens{crossing}"))
+    return rows
 
 
 def show_parameters(config: Config) -> None:
@@ -108,7 +128,7 @@ def show_parameters(config: Config) -> None:
     table.add_column("module", "total", overflow="fold")
     table.add_column("shape", no_wrap=True)
     table.add_column("parameters", f"{sum(count for _, _, count, _ in rows):,}", justify="right")
-    table.add_column(f"over {config.parallel.tensor} processes")
+    table.add_column(f"over {config.parallel.tensor} tensor-parallel processes")
     for name, shape, count, split in rows:
         table.add_row(name, shape, f"{count:,}", split)
     tables.console().print(table)

@@ -59,6 +59,7 @@ def real_count(config: ModelConfig) -> int:
         {"variant": "mag", "memory": {"preset": "moneta"}},
         {"variant": "mal", "memory": {"preset": "gated_deltanet"}},
         {"variant": "mac", "memory": {"preset": "yaad", "chunk_size": 4}},
+        {"variant": "mag", "num_kv_heads": 1},
     ],
     ids=str,
 )

@@ -27,10 +27,11 @@ def reference(
                 seen = range(max(0, last - window + 1), last + 1)
                 if document is not None:
                     seen = [s for s in seen if document[b, s] == document[b, last]]  # type: ignore[assignment]
-                keys, values = k[b, list(seen), h], v[b, list(seen), h]
+                own = h * k.shape[2] // heads  # consecutive queries share keys and values
+                keys, values = k[b, list(seen), own], v[b, list(seen), own]
                 if prefix is not None:
-                    keys = torch.cat([prefix[0][0, :, h], keys])
-                    values = torch.cat([prefix[1][0, :, h], values])
+                    keys = torch.cat([prefix[0][0, :, own], keys])
+                    values = torch.cat([prefix[1][0, :, own], values])
                 out[b, t, h] = (keys @ q[b, t, h] / math.sqrt(dim)).softmax(0) @ values
     return out
 
@@ -43,17 +44,18 @@ def reference(
     window=st.integers(1, 24),
     persistent=st.integers(0, 2),
     packed=st.booleans(),
+    kv_heads=st.sampled_from([1, 2, 4]),
     seed=st.integers(0, 100),
 )
 def test_equals_one_query_at_a_time(
-    batch: int, length: int, before: int, window: int, persistent: int, packed: bool, seed: int
+    batch: int, length: int, before: int, window: int, persistent: int, packed: bool, kv_heads: int, seed: int
 ) -> None:
     torch.manual_seed(seed)
-    q = torch.randn(batch, length, 2, 4, dtype=torch.float64)
-    k, v = (torch.randn(batch, before + length, 2, 4, dtype=torch.float64) for _ in range(2))
+    q = torch.randn(batch, length, 4, 4, dtype=torch.float64)
+    k, v = (torch.randn(batch, before + length, kv_heads, 4, dtype=torch.float64) for _ in range(2))
     prefix = None
     if persistent:
-        prefix = (torch.randn(1, persistent, 2, 4).double(), torch.randn(1, persistent, 2, 4).double())
+        prefix = (torch.randn(1, persistent, kv_heads, 4).double(), torch.randn(1, persistent, kv_heads, 4).double())
     document = (torch.rand(batch, before + length) < 0.3).cumsum(1) - 1 if packed else None
     found = window_attention(q, k, v, window, prefix, document)
     torch.testing.assert_close(found, reference(q, k, v, window, prefix, document), rtol=1e-12, atol=1e-12)

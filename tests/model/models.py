@@ -48,6 +48,7 @@ MODELS = {
     "lmm_channel_wise": config(memory={"preset": "yaad", "channel_wise": True, "gate_rank": 3}),
     "lmm_tnt": config(memory={"global_chunk_size": 8, "shard_size": SHARD}),
     "lmm_online": config(memory={"chunk_size": 1, "anchor": "token"}),
+    "mag_grouped": config("mag", num_kv_heads=1),
     "mac_memora": config("mac", {"preset": "memora"}),
     "mag_without_persistent": config("mag", persistent_tokens=0, tie_embeddings=False, conv_kernel=1),
     "mal_moneta": config("mal", {"preset": "moneta"}),

@@ -48,8 +48,14 @@ VARIANTS = {
     "retnet": {"variant": "lmm", "memory": MemoryConfig(preset="retnet", chunk_size=8)},
     "tnt": {"variant": "lmm", "memory": MemoryConfig(chunk_size=4, global_chunk_size=16, shard_size=24)},
 }
-LAYOUTS = {"one": (1, 1), "tp2": (2, 2), "dp2": (2, 1), "tp2_dp2": (4, 2)}
-"""Name -> processes, and tensor-parallel size."""
+LAYOUTS = {
+    "one": (1, ParallelConfig()),
+    "tp2": (2, ParallelConfig(tensor=2)),
+    "dp2": (2, ParallelConfig()),
+    "tp2_dp2": (4, ParallelConfig(tensor=2)),
+    "pp2": (2, ParallelConfig(pipeline=2)),
+}
+"""Name -> processes, and how they share the work."""
 
 # Repeated words, so that a model that remembers does better; documents begin anywhere, at borders and in chunks.
 _DRAW = torch.Generator().manual_seed(0)
@@ -65,22 +71,23 @@ def batch(step: int) -> dict[str, Tensor]:
     return {"tokens": TOKENS[:, first : last + 1], "starts": STARTS[:, first:last]}
 
 
-def configured(variant: str = "mag", tensor: int = 1, micro_batch: int = 2, **changes: Any) -> Config:
+def configured(
+    variant: str = "mag", parallel: ParallelConfig = LAYOUTS["one"][1], micro_batch: int = 2, **changes: Any
+) -> Config:
     model = dataclasses.replace(MODEL, **({"variant": variant} | VARIANTS[variant]))
     training = dataclasses.replace(CONFIG.training, micro_batch_size=micro_batch)
-    config = dataclasses.replace(CONFIG, model=model, training=training, parallel=ParallelConfig(tensor=tensor))
+    config = dataclasses.replace(CONFIG, model=model, training=training, parallel=parallel)
     return dataclasses.replace(config, **changes)
 
 
 def started(config: Config) -> Any:
     """An engine in a forked rank."""
-    from megatron.core import parallel_state
-
     from titans_dist.parallel import cpu
     from titans_dist.parallel.engine import Engine
+    from titans_dist.parallel.processes import make_groups
 
     cpu.install()
-    parallel_state.initialize_model_parallel(config.parallel.tensor)
+    make_groups(config.parallel)
     return Engine(config, torch.device("cpu"))
 
 
@@ -138,15 +145,15 @@ def test_the_text_of_these_tests_needs_its_memory() -> None:
 
 @pytest.mark.parametrize("variant", [variant for variant in VARIANTS if variant != "transformer"])
 def test_segments_give_the_losses_of_one_long_pass(variant: str) -> None:
-    config = configured(variant, tensor=2, optimizer=STILL)
+    config = configured(variant, LAYOUTS["tp2"][1], optimizer=STILL)
     for losses in run_distributed(train, 2, config):
         assert losses == pytest.approx(long_pass(config), abs=2e-5)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_training_is_truncated_backpropagation_on_every_layout(layout: str) -> None:
-    world, tensor = LAYOUTS[layout]
-    config = configured(tensor=tensor)
+    world, parallel = LAYOUTS[layout]
+    config = configured(parallel=parallel)
     wanted = one_process(config)
     assert wanted[-1] < wanted[0] - 0.1  # it learns
     for losses in run_distributed(train, world, config):
@@ -214,8 +221,8 @@ def go_on(rank: int, world: int, config: Config, root: Path) -> tuple[list[float
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_resumed_training_is_bit_equal(layout: str, tmp_path: Path) -> None:
-    world, tensor = LAYOUTS[layout]
-    config = configured(tensor=tensor)
+    world, parallel = LAYOUTS[layout]
+    config = configured(parallel=parallel)
     unbroken = run_distributed(save_half_way, world, config, tmp_path)
     resumed = run_distributed(go_on, world, config, tmp_path)
     for (wanted, wanted_state), (losses, state) in zip(unbroken, resumed, strict=True):
@@ -228,18 +235,18 @@ def test_a_resumed_training_is_bit_equal(layout: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("variant", "before", "after"),
     [
-        pytest.param(
-            "mag", (2, 2, 4), (1, 1, 1), id="mag: two halves of the heads, then one and smaller micro-batches"
-        ),
-        pytest.param("mac", (2, 1, 1), (2, 2, 4), id="mac: two copies, then two halves and larger micro-batches"),
-        pytest.param("tnt", (1, 1, 2), (4, 2, 1), id="tnt: one process, then four"),
-        pytest.param("mag", (2, 1, 2), (1, 1, 4), id="mag: two copies, then one"),
+        pytest.param("mag", ("tp2", 4), ("one", 1), id="mag: two halves of the heads, then one and fewer rows"),
+        pytest.param("mac", ("dp2", 1), ("tp2", 4), id="mac: two copies, then two halves and more rows"),
+        pytest.param("tnt", ("one", 2), ("tp2_dp2", 1), id="tnt: one process, then four"),
+        pytest.param("mag", ("dp2", 2), ("one", 4), id="mag: two copies, then one"),
+        pytest.param("mac", ("pp2", 2), ("one", 4), id="mac: two stages, then one"),
+        pytest.param("mal", ("tp2", 2), ("pp2", 1), id="mal: two halves, then two stages"),
     ],
 )
 def test_another_layout_goes_on_with_the_same_state(
-    variant: str, before: tuple[int, int, int], after: tuple[int, int, int], tmp_path: Path
+    variant: str, before: tuple[str, int], after: tuple[str, int], tmp_path: Path
 ) -> None:
-    (world, tensor, rows), (new_world, new_tensor, new_rows) = before, after
-    unbroken = run_distributed(save_half_way, world, configured(variant, tensor, rows), tmp_path)
-    for losses, _ in run_distributed(go_on, new_world, configured(variant, new_tensor, new_rows), tmp_path):
+    (world, parallel), (new_world, new_parallel) = LAYOUTS[before[0]], LAYOUTS[after[0]]
+    unbroken = run_distributed(save_half_way, world, configured(variant, parallel, before[1]), tmp_path)
+    for losses, _ in run_distributed(go_on, new_world, configured(variant, new_parallel, after[1]), tmp_path):
         assert losses == pytest.approx(unbroken[0][0][3:], abs=2e-5)

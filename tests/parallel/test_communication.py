@@ -30,6 +30,7 @@ OTHERS = {
     ),
     "retnet": variant("lmm", preset="retnet"),
     "swa": dataclasses.replace(SMALL, variant="swa", window=20),
+    "grouped": dataclasses.replace(SMALL, variant="mag", num_kv_heads=2),
 }
 LAYOUTS: dict[str, dict[str, Any]] = {
     "tp2": {"tensor": 2, "sequence": False},
@@ -123,7 +124,7 @@ MORE = [
         ("swa", "cp4_ring"),
     ),
     *(("mag", "tp2_pp2"), ("mal", "cp2_ring"), ("mac", "tp2"), ("mac", "tp2_cp2"), ("mac", "cp4_ring")),
-    *(("transformer", "tp2_cp2"),),
+    *(("transformer", "tp2_cp2"), ("grouped", "tp2_cp2")),
 ]
 
 
@@ -142,6 +143,7 @@ def test_what_is_sent_is_what_the_configuration_says(name: str, layout: str) -> 
         ("lmm", "tp2_sp", {"recompute": "full"}),
         ("mac", "tp2", {"recompute": "full"}),
         ("mac", "cp2", {"precision": "bfloat16", "recompute": "selective"}),
+        ("mac", "cp2", {"recompute": "full"}),
     ],
 )
 def test_precision_and_recomputation_are_reckoned_with(name: str, layout: str, changes: dict[str, str]) -> None:

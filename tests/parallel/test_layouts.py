@@ -64,6 +64,7 @@ SWA = variant("swa")
 RETNET = variant("lmm", preset="retnet")
 MATRIX_WITH_MOMENTUM = variant("lmm", depth=1, residual=False)
 FULL_WIDTH = dataclasses.replace(MODELS["lmm"], num_heads=1)
+GROUPED = dataclasses.replace(MODELS["mag"], num_kv_heads=2)
 CHANNEL_WISE = variant("lmm", channel_wise=True, gate_rank=4)
 MORE = {
     "tied_weights_in_one_stage_of_two_parts": (MODELS["mag"], {"pipeline": 2, "virtual": 2, "layers": [1, 1, 1, 1]}),
@@ -82,6 +83,8 @@ MORE = {
     "one_head_in_two": (FULL_WIDTH, {"tensor": 2, "sequence": False}),
     "one_head_in_four_sequence_parallel": (FULL_WIDTH, {"tensor": 4}),
     "one_head_in_two_of_two_stages": (FULL_WIDTH, {"tensor": 2, "pipeline": 2}),
+    "grouped_queries": (GROUPED, {"tensor": 2, "context": 2}),
+    "grouped_queries_full_attention": (dataclasses.replace(GROUPED, variant="transformer"), {"context": 2}),
     "window_in_two_shares": (SWA, {"context": 2}),
     "window_wider_than_a_share": (dataclasses.replace(SWA, window=20), {"context": 4}),
     "window_of_one": (dataclasses.replace(SWA, window=1), {"context": 2}),

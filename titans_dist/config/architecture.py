@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from titans_dist.config import sizes
-from titans_dist.config.checks import at_least, between, nearest_multiple, one_of, positive
+from titans_dist.config.checks import at_least, between, nearest_divisor, nearest_multiple, one_of, positive
 from titans_dist.config.errors import ConfigError
 from titans_dist.config.model import RECURRENT_VARIANTS, VARIANTS, MemoryConfig, ModelConfig
 from titans_dist.config.presets import PRESETS
@@ -24,7 +24,7 @@ def validate_model(model: ModelConfig) -> None:
     at_least("model.persistent_tokens", model.persistent_tokens, 0)
     for key in ("rope_theta", "norm_eps", "init_std"):
         positive(f"model.{key}", getattr(model, key))
-    for key in ("intermediate_size", "parameters"):
+    for key in ("intermediate_size", "parameters", "num_kv_heads"):
         if getattr(model, key) is not None:
             at_least(f"model.{key}", getattr(model, key), 1)
     if model.hidden_size % model.num_heads or model.head_dim % 2:
@@ -33,6 +33,7 @@ def validate_model(model: ModelConfig) -> None:
             f"model.hidden_size={model.hidden_size} does not give {model.num_heads} heads of an even width; "
             f"use a multiple of {step}, such as {nearest_multiple(model.hidden_size, step)}, or change model.num_heads"
         )
+    _kv_heads(model)
     _memory_values(model.memory)
     if model.has_memory:
         _memory_choices(model.memory)
@@ -41,6 +42,19 @@ def validate_model(model: ModelConfig) -> None:
         raise ConfigError(
             f"model.parameters={model.parameters} is less than this model has with an MLP of width {sizes.STEP}; "
             f"use {sizes.smallest(model)} or more, or fewer or narrower layers"
+        )
+
+
+def _kv_heads(model: ModelConfig) -> None:
+    if model.num_heads % model.kv_heads:
+        raise ConfigError(
+            f"model.num_kv_heads={model.num_kv_heads} does not divide model.num_heads={model.num_heads}; "
+            f"the nearest that does is {nearest_divisor(model.num_heads, model.kv_heads)}"
+        )
+    if model.variant == "mac" and model.kv_heads != model.num_heads:
+        raise ConfigError(
+            f"model.num_kv_heads={model.num_kv_heads} is not possible with model.variant=mac, whose queries and keys "
+            "begin equal, head by head; leave it out or use another variant"
         )
 
 

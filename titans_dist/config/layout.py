@@ -133,6 +133,7 @@ def _tensor(config: Config) -> None:
         _full_width(config)
     for key, value in (
         ("model.num_heads", 0 if shared else model.num_heads),
+        ("model.num_kv_heads", 0 if shared else model.kv_heads),
         ("model.vocab_size", model.vocab_size),
         ("the MLP width (model.intermediate_size)", model.mlp_size),
     ):

@@ -105,6 +105,8 @@ class ModelConfig:
     """Width of the residual stream, a multiple of num_heads."""
     num_heads: int = 4
     """Heads of the attention and of the memory; each has hidden_size / num_heads dimensions (even, for RoPE)."""
+    num_kv_heads: int | None = None
+    """Heads of the attention's keys and values, a divisor of num_heads (grouped-query attention). Unset: num_heads."""
     intermediate_size: int | None = None
     """Width of the SwiGLU MLP. Unset: what `parameters` leaves for it, else 8/3 of hidden_size, rounded up to a
     multiple of 64."""
@@ -147,6 +149,11 @@ class ModelConfig:
     def head_dim(self) -> int:
         """Dimensions of one head."""
         return self.hidden_size // self.num_heads
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of the attention's keys and values."""
+        return self.num_kv_heads or self.num_heads
 
     @property
     def mlp_size(self) -> int:

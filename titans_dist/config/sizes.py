@@ -46,7 +46,7 @@ def mixer(config: ModelConfig) -> int:
     hidden = config.hidden_size
     square, norm = hidden * hidden, hidden
     persistent = config.persistent_tokens * hidden
-    attention = 3 * square + persistent
+    attention = square + 2 * hidden * config.kv_heads * config.head_dim + persistent
     if not config.has_memory:
         return attention + square
     memory = neural_memory(config)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +22,9 @@ def causal_attention(
 ) -> Tensor:
     """Attention of each token to itself and all tokens before it, and to the whole prefix.
 
-    q: (B, T, H, D); k, v: (B, L, H, D), of which the last T are the queries' own tokens; document: (B, L), the tokens
-    that see each other have the same number. Returns (B, T, H, D).
+    Keys and values may have fewer heads than queries, H_kv: each is that of H / H_kv of theirs, one after the other.
+    q: (B, T, H, D); k, v: (B, L, H_kv, D), of which the last T are the queries' own tokens; document: (B, L), the
+    tokens that see each other have the same number. Returns (B, T, H, D).
     """
     before = k.shape[1] - q.shape[1]
     if before or document is not None:
@@ -34,8 +35,7 @@ def causal_attention(
         extra = prefix[0].shape[1]
         k, v = (torch.cat([p.expand(q.shape[0], -1, -1, -1), x], 1) for p, x in zip(prefix, (k, v), strict=True))
         q = F.pad(q, (0, 0, 0, 0, extra, 0))
-    y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True)
-    return y.transpose(1, 2)[:, extra:]
+    return _attention(q, k, v, is_causal=True)[:, extra:]
 
 
 def window_attention(
@@ -84,8 +84,12 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, prefix: P
     if prefix is not None:
         k, v = (torch.cat([p.expand(q.shape[0], -1, -1, -1), x], 1) for p, x in zip(prefix, (k, v), strict=True))
         visible = F.pad(visible, (prefix[0].shape[1], 0), value=True)
-    y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), visible.unsqueeze(1))
-    return y.transpose(1, 2)
+    return _attention(q, k, v, attn_mask=visible.unsqueeze(1))
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, **options, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
 
 
 def _visible(q: Tensor, before: int, window: int | None, document: Tensor | None) -> Tensor:
@@ -134,8 +138,8 @@ class Attention(nn.Module):
         if self_logit is not None:  # equal queries and keys: |q|^2 / sqrt(D) = hidden std^2 sqrt(D)
             std, twin = (self_logit / (hidden * config.head_dim**0.5)) ** 0.5, "q.weight"
         self.q = linear(hidden, hidden, std)
-        self.k = linear(hidden, hidden, std, twin=twin)
-        self.v = linear(hidden, hidden, config.init_std)
+        self.k = linear(hidden, config.kv_heads * config.head_dim, std, twin=twin)
+        self.v = linear(hidden, config.kv_heads * config.head_dim, config.init_std)
 
     def forward(
         self,
@@ -171,8 +175,8 @@ class Attention(nn.Module):
     def initial_cache(self, batch: int) -> KeyValueCache:
         """The cache before the first token."""
         length = 0 if self.window is None else self.window - 1
-        heads = self.q.weight.shape[0] // self.head_dim
-        k = self.q.weight.new_zeros(batch, length, heads, self.head_dim)
+        heads = self.k.weight.shape[0] // self.head_dim
+        k = self.k.weight.new_zeros(batch, length, heads, self.head_dim)
         running = torch.zeros(batch, length, dtype=torch.bool, device=k.device)
         return (GrowingCache if self.window is None else KeyValueCache)(
             k, k, running, torch.zeros(batch, dtype=torch.int64, device=k.device)

@@ -272,7 +272,9 @@ def _context(place: _Place, is_forward: bool) -> Iterator[Traffic]:
 
 
 def _keys_values(place: _Place, tokens: int) -> int:
-    return place.rows * tokens * 2 * place.hidden * place.width
+    model = place.config.model
+    channels = model.kv_heads * model.head_dim // place.config.parallel.tensor
+    return place.rows * tokens * 2 * channels * place.width
 
 
 def _has_neighbor(place: _Place, hop: int, is_forward: bool) -> bool:

@@ -42,7 +42,8 @@ def _mixer(model: ModelConfig) -> list[ParameterSize]:
     hidden = model.hidden_size
     square, head_norm, norm = _split(hidden * hidden), _split(hidden), _whole(hidden)
     persistent = [_whole(model.persistent_tokens * hidden)] if model.persistent_tokens else []
-    attention = [square] * 3
+    grouped = _split(hidden * model.kv_heads * model.head_dim)
+    attention = [square, grouped, grouped]
     if not model.has_memory:
         return [*persistent, *attention, square]
     memory = _neural_memory(model)
