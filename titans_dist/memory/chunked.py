@@ -49,10 +49,10 @@ def dual_form(
 ) -> tuple[Tensor, MemoryState]:
     """y (B, T, H, D) and the state after token T. `norm`: (B H, 1, D) each. Time O(T chunk_size)."""
     batch, length, heads = tokens.q.shape[:3]
-    carry, start_slots = _to_carry(state), _to_carry(start).slots
+    carry, start_slots = to_carry(state), to_carry(start).slots
     begins = None if tokens.starts is None else tokens.starts.any(0).tolist()
     outputs = []
-    for begin, chunks, size in _pieces(length, state.position, chunk_size):
+    for begin, chunks, size in pieces(length, state.position, chunk_size):
         if clip is not None and (begin or clip.is_shared):
             carry.slots = clip.slots(carry.slots)
         part = tokens.part(begin, begin + chunks * size)
@@ -64,10 +64,10 @@ def dual_form(
         else:
             y, carry = _group(*arguments)
         outputs.append(y)
-    return torch.cat(outputs, 1), _from_carry(carry, batch, heads)
+    return torch.cat(outputs, 1), from_carry(carry, batch, heads)
 
 
-def _pieces(length: int, position: int, chunk_size: int) -> list[tuple[int, int, int]]:
+def pieces(length: int, position: int, chunk_size: int) -> list[tuple[int, int, int]]:
     """(first token, chunks, tokens of each) per group: the running chunk's rest, whole chunks, what is left."""
     head = min(length, chunk_size - position) if position else 0
     pieces = [(0, 1, head)] if head else []
@@ -93,7 +93,7 @@ def _group(
     """One group of chunks: its writes one after another, then all its reads at once."""
     batch, _, heads = tokens.q.shape[:3]
     q, k, v, alpha, eta, theta, delta = (
-        None if x is None else _chunked(x, chunks) for x in list(vars(tokens).values())[:-1]
+        None if x is None else to_chunks(x, chunks) for x in list(vars(tokens).values())[:-1]
     )
     assert q is not None and k is not None and v is not None and theta is not None
     if spec.implicit:
@@ -112,19 +112,19 @@ def _group(
     pairs = Pairs(k, v, alpha, delta, document)
     is_plain = spec.is_linear and not spec.is_delta_rule and not spec.channel_wise and document is None
     if is_plain and use_compiler and carry.position == 0 and q.shape[2] == chunk_size:
-        y, after = compiled.write_and_read(spec, q, pairs, gates, _seen(gates, None, read), norm, carry)
-        return _unchunked(y, batch, heads), after
+        y, after = compiled.write_and_read(spec, q, pairs, gates, read_gates(gates, None, read), norm, carry)
+        return from_chunks(y, batch, heads), after
     if is_plain and not (read == "start" and carry.position):
-        raw, after = write_and_read(spec, q, pairs, gates, _seen(gates, None, read), norm, carry, chunk_size)
-        return _unchunked(output(spec, q, raw, norm), batch, heads), after
+        raw, after = write_and_read(spec, q, pairs, gates, read_gates(gates, None, read), norm, carry, chunk_size)
+        return from_chunks(output(spec, q, raw, norm), batch, heads), after
     written = write_chunks(spec, pairs, gates, norm, carry, start, chunk_size, read)
     if read == "start" and carry.anchor is not None and written.gates is None:
         began = [link(spec, a)[0].unsqueeze(0) for a in carry.anchor]
         written.slots = [[w, *x[1:]] for w, x in zip(began, written.slots, strict=True)]
-    y = _read(spec, q, written, _seen(gates, document, read) if written.gates is None else written.gates, norm)
+    y = _read(spec, q, written, read_gates(gates, document, read) if written.gates is None else written.gates, norm)
     if written.fresh is not None and read == "after" and has_fresh_end(spec):
         y = torch.cat([y[..., :-1, :], apply(spec, written.fresh, q[..., -1:, :], norm)], -2)
-    return _unchunked(y, batch, heads), written.carry
+    return from_chunks(y, batch, heads), written.carry
 
 
 def _read(spec: MemorySpec, q: Tensor, written: Written, gates: ChunkGates, norm: Norm | None) -> Tensor:
@@ -147,7 +147,7 @@ def _read(spec: MemorySpec, q: Tensor, written: Written, gates: ChunkGates, norm
     return output(spec, q, x, norm)
 
 
-def _seen(gates: ChunkGates, document: Tensor | None, read: str) -> ChunkGates:
+def read_gates(gates: ChunkGates, document: Tensor | None, read: str) -> ChunkGates:
     """The gates of what a token reads."""
     if read == "after":
         return gates
@@ -163,24 +163,24 @@ def _seen(gates: ChunkGates, document: Tensor | None, read: str) -> ChunkGates:
     return replace(gates, past=past, write=None)
 
 
-def _chunked(x: Tensor, chunks: int) -> Tensor:
+def to_chunks(x: Tensor, chunks: int) -> Tensor:
     """(B, T, H, ...) -> (N, B H, b, ...)."""
     return x.unflatten(1, (chunks, -1)).transpose(0, 1).transpose(2, 3).flatten(1, 2)
 
 
-def _unchunked(y: Tensor, batch: int, heads: int) -> Tensor:
+def from_chunks(y: Tensor, batch: int, heads: int) -> Tensor:
     """(N, B H, b, D) -> (B, T, H, D)."""
     return y.unflatten(1, (batch, heads)).permute(1, 0, 3, 2, 4).flatten(1, 2)
 
 
-def _to_carry(state: MemoryState) -> Carry:
+def to_carry(state: MemoryState) -> Carry:
     layers = zip(*filter(None, (state.weights, state.momentum)), strict=True)
     slots = [[x.flatten(0, 1) for x in layer] for layer in layers]
     anchor = [x.flatten(0, 1) for x in state.anchor] if state.position else None
     return Carry(slots, anchor, None if state.kept is None else state.kept.flatten(), state.position)
 
 
-def _from_carry(carry: Carry, batch: int, heads: int) -> MemoryState:
+def from_carry(carry: Carry, batch: int, heads: int) -> MemoryState:
     def apart(x: Tensor) -> Tensor:
         return x.unflatten(0, (batch, heads))
 

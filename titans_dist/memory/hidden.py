@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from titans_dist.memory.activations import ACTIVATIONS
-from titans_dist.memory.chunked import _chunked, _from_carry, _pieces, _seen, _to_carry, _unchunked
+from titans_dist.memory.chunked import from_carry, from_chunks, pieces, read_gates, to_carry, to_chunks
 from titans_dist.memory.gates import ChunkGates, chunk_gates
 from titans_dist.memory.network import Norm, output, raw_descent
 from titans_dist.memory.spec import MemorySpec
@@ -56,16 +56,16 @@ def shared_out(
         given[3] = None
     if norm is not None:
         norm = tuple(x.to(accumulate).expand(batch, heads, dim).reshape(-1, 1, dim) for x in norm)  # type: ignore[assignment]
-    carry, outputs = _to_carry(state), []
-    for begin, chunks, size in _pieces(length, state.position, chunk_size):
-        part = [None if x is None else _chunked(x[:, begin : begin + chunks * size], chunks) for x in given]
+    carry, outputs = to_carry(state), []
+    for begin, chunks, size in pieces(length, state.position, chunk_size):
+        part = [None if x is None else to_chunks(x[:, begin : begin + chunks * size], chunks) for x in given]
         arguments = (spec, part, norm, carry, chunk_size, read, enter, total)
         if recompute and torch.is_grad_enabled():
             y, carry = checkpoint(_group, *arguments, use_reentrant=False, preserve_rng_state=False)
         else:
             y, carry = _group(*arguments)
-        outputs.append(_unchunked(y, batch, heads))
-    return torch.cat(outputs, 1).to(q.dtype), _from_carry(carry, batch, heads)
+        outputs.append(from_chunks(y, batch, heads))
+    return torch.cat(outputs, 1).to(q.dtype), from_carry(carry, batch, heads)
 
 
 def _group(
@@ -81,7 +81,7 @@ def _group(
     """Chunks (N, G, b, ...), written one after another and then read together: y (N, G, b, D)."""
     q, k, v, alpha, eta, theta, delta = tokens
     gates = chunk_gates(alpha, eta, theta)
-    seen, own = _entered(_seen(gates, None, read), enter), _entered(gates, enter)
+    seen, own = _entered(read_gates(gates, None, read), enter), _entered(gates, enter)
     queries, keys = enter(q), enter(k)
     activation = ACTIVATIONS[spec.activation]
     past, hidden, own_deltas, deltas = [], [], [], []
