@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from titans_dist.config import MemoryConfig, ModelConfig
+from titans_dist.layers.inner_memory import InnerMemory
 from titans_dist.layers.mixers import build_mixer
 from titans_dist.layers.parameter import Parameter, initial_value
 from titans_dist.memory import MemorySpec, neural_memory
@@ -40,7 +41,6 @@ def layer(args: argparse.Namespace, backend: str = "torch") -> Call:
         depth=args.depth,
         expansion=args.expansion,
         chunk_size=args.chunk_size,
-        recompute=args.recompute,
         backend=backend,
     )
     hidden = args.heads * args.head_dim
@@ -52,6 +52,9 @@ def layer(args: argparse.Namespace, backend: str = "torch") -> Call:
         for name, value in module.named_parameters():
             assert isinstance(value, Parameter)
             value.copy_(initial_value(name, value, 0))
+    for part in module.modules():
+        if isinstance(part, InnerMemory):
+            part.recompute = args.recompute
     return trained(module.to(args.device), args)
 
 

@@ -174,12 +174,12 @@ def test_variants_without_a_memory_have_the_other_four(variant: str) -> None:
 
 
 def test_a_chunked_form_that_is_not_its_recurrence_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = InnerMemory._write
+    real = InnerMemory.forward
 
     def twice_as_fast(self: InnerMemory, x: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any, **named: Any) -> Any:
         return real(self, x, q, k, v if self.backend == "recurrent" else 1.001 * v, *rest, **named)
 
-    monkeypatch.setattr(InnerMemory, "_write", twice_as_fast)
+    monkeypatch.setattr(InnerMemory, "forward", twice_as_fast)
     model = build_model(ModelConfig(variant="lmm", memory={"chunk_size": 4}, **SMALL))  # type: ignore[arg-type]
     ((name, evidence),) = failed(model).items()
     assert name == "recurrence equality"

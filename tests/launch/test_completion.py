@@ -23,7 +23,7 @@ done
 """
 
 EXPECTED = {
-    "titans-dist ": "quickstart prepare train evaluate conformance info",
+    "titans-dist ": "quickstart prepare train evaluate conformance parallel-check info",
     "titans-dist ev": "evaluate",
     "titans-dist train model=1": "model=170m model=1b3",
     "titans-dist train model=3m training.st": "training.steps=",
