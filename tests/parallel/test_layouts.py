@@ -6,6 +6,7 @@ Five steps in float64. `make test` runs what is not marked matrix: one variant o
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 
@@ -26,8 +27,14 @@ LAYOUTS = {
     "tp2_cp2": {"tensor": 2, "context": 2},
     "tp2_pp2_cp2": {"tensor": 2, "pipeline": 2, "context": 2},
 }
-EVERY_LAYOUT, EVERY_MODEL = ("lmm", "gated_deltanet"), ("tp2_cp2",)
-"""The models that are tested on every layout, and the layouts with every model, in `make test`."""
+ALWAYS = {("gated_deltanet", "cp2_scan"), *(("lmm", layout) for layout in LAYOUTS), *((m, "tp2_cp2") for m in MODELS)}
+"""What `make test` runs of the matrix: one model on every layout, every model on one, and what linear ones have."""
+
+
+def some_marked(names: dict[str, Any], always: set[str]) -> list[Any]:
+    """The names as parameters of a test, but for those in `always` marked as a part of the matrix."""
+    assert always <= set(names)
+    return [pytest.param(name, marks=[] if name in always else pytest.mark.matrix) for name in names]
 
 
 def is_legal(model: str, layout: str) -> bool:
@@ -40,7 +47,7 @@ def is_legal(model: str, layout: str) -> bool:
 
 
 CASES = [
-    pytest.param(model, layout, marks=[] if model in EVERY_LAYOUT or layout in EVERY_MODEL else pytest.mark.matrix)
+    pytest.param(model, layout, marks=[] if (model, layout) in ALWAYS else pytest.mark.matrix)
     for model in MODELS
     for layout in LAYOUTS
     if is_legal(model, layout)
@@ -101,7 +108,7 @@ FULL_RECOMPUTE = {
 }
 
 
-@pytest.mark.parametrize("name", FULL_RECOMPUTE)
+@pytest.mark.parametrize("name", some_marked(FULL_RECOMPUTE, {"mac_ring"}))
 def test_working_blocks_out_again_equals_one_process(name: str) -> None:
     model, parallel = FULL_RECOMPUTE[name]
     settings = config(model, **parallel)  # type: ignore[arg-type]
@@ -109,7 +116,13 @@ def test_working_blocks_out_again_equals_one_process(name: str) -> None:
     check_layout(settings)
 
 
-@pytest.mark.parametrize("name", MORE)
+MORE_ALWAYS = {
+    *("tied_weights_in_one_stage_of_two_parts", "untied_weights_in_two_stages", "uneven_stages", "heads_in_groups"),
+    *("four_scan", "tnt_ring", "one_head_in_two", "grouped_queries", "window_wider_than_a_share", "data_and_context"),
+}
+
+
+@pytest.mark.parametrize("name", some_marked(MORE, MORE_ALWAYS))
 def test_more_splits_equal_one_process(name: str) -> None:
     model, parallel = MORE[name]
     check_layout(config(model, **parallel))  # type: ignore[arg-type]
@@ -128,7 +141,7 @@ PACKED = {
 }
 
 
-@pytest.mark.parametrize("name", PACKED)
+@pytest.mark.parametrize("name", some_marked(PACKED, {"mag_ring", "mac_ring", "scan", "wide_window"}))
 def test_documents_in_one_row_equal_one_process(name: str) -> None:
     model, parallel = PACKED[name]
     check_layout(config(model, **parallel), packed=True)  # type: ignore[arg-type]
