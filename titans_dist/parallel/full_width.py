@@ -6,7 +6,6 @@ memory reads whole keys; its own output is whole on every process, which takes i
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 from megatron.core import parallel_state
@@ -54,9 +53,8 @@ class InputLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # A slice, not a scatter: the region's entrance sums the gradients of all slices.
-        own, rank = self.weight.shape[1], _rank()
-        y = F.linear(x[..., rank * own : (rank + 1) * own], self.weight)
-        y = total(y)
+        own, rank = self.weight.shape[1], parallel_state.get_tensor_model_parallel_rank()
+        y = total(F.linear(x[..., rank * own : (rank + 1) * own], self.weight))
         return y if self.bias is None else y + self.bias
 
 
@@ -67,11 +65,4 @@ def _kernel(
     given.pop("start", None)
     given.pop("starts", None)
     read = given.pop("read", "after")
-    return _shared_out(q, k, v, read=read, **given)
-
-
-_shared_out = partial(shared_out, enter=enter, total=total)
-
-
-def _rank() -> int:
-    return int(parallel_state.get_tensor_model_parallel_rank())
+    return shared_out(q, k, v, read=read, enter=enter, total=total, **given)

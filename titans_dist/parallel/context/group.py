@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from megatron.core import parallel_state
 from torch import Tensor
-from torch.distributed import ProcessGroup
+from torch.distributed import ProcessGroup, get_global_rank
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,6 @@ class Context:
         return x.chunk(self.size, 1)[self.rank]
 
     def _global(self, rank: int) -> int | None:
-        from torch.distributed import get_global_rank
-
         return get_global_rank(self.group, rank) if 0 <= rank < self.size else None
 
 

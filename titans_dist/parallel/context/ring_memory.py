@@ -14,9 +14,8 @@ from titans_dist.config.layout import context_groups
 from titans_dist.memory import MemoryState
 from titans_dist.memory.grad_clip import StateGradClip
 from titans_dist.parallel.context.group import Context
+from titans_dist.parallel.context.heads import GATES
 from titans_dist.parallel.context.ring import Group, wavefront
-
-GATES = ("alpha", "eta", "theta", "delta")
 
 
 class RingMemory:
