@@ -1,0 +1,1 @@
+"""Triton kernels of the neural memory and of the layer around it; torch and triton are all they need."""
