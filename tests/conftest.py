@@ -6,6 +6,12 @@ import os
 import signal
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before the first import of torch: forked ranks must not inherit a thread pool
+os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # looking for a GPU must not start CUDA: ranks are forked later
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before the first import of triton, which megatron-core brings too
 
 from collections import Counter
 from typing import Any

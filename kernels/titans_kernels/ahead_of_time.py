@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-MODULES = ("titans_kernels.short_conv",)
+MODULES = ("titans_kernels.short_conv", "titans_kernels.norm_gate")
 
 
 @dataclass(frozen=True)
@@ -70,14 +70,14 @@ def compile_ahead(
     divisible: frozenset[str] = frozenset(),
 ) -> Usage:
     """Compiles a `@triton.jit` or `@gluon.jit` kernel for compute capability `arch`; no GPU is needed."""
+    names = kernel.arg_names
+    if unknown := sorted(set(names) ^ (set(signature) | set(constants))):
+        raise ValueError(f"{kernel.fn.__name__}: {unknown} must be arguments and have a type or a constant each")
     if not isinstance(kernel, triton.JITFunction):
         raise RuntimeError(
             f"{type(kernel).__name__} cannot be compiled: the process began with TRITON_INTERPRET set; "
             "unset it, or call compile_in_subprocess()"
         )
-    names = kernel.arg_names
-    if unknown := sorted(set(names) ^ (set(signature) | set(constants))):
-        raise ValueError(f"{kernel.__name__}: {unknown} must be arguments and have a type or a constant each")
     types = {name: "constexpr" if name in constants else signature[name] for name in names}
     aligned = [i for i, name in enumerate(names) if types[name].startswith("*") or name in divisible]
     source = _source_class(kernel)(

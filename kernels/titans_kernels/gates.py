@@ -19,11 +19,11 @@ def gates_kernel(
     alpha, eta, theta, begins, lengths, write, past, add, keep, length_t, heads, chunks, first, count,
     CHUNK: tl.constexpr, FORGETS: tl.constexpr, MOMENTUM: tl.constexpr, READ: tl.constexpr,
 ):  # fmt: skip
-    """Gates (B, T, H) of the chunks [first, first + count) -> write (B H, count, CHUNK, CHUNK), past and add (B H, count,
-    2, CHUNK), keep (B H, count, 4).
+    """Gates (B, T, H) of the chunks [first, first + count) -> write (B H, count, CHUNK, CHUNK), past and add
+    (B H, count, 2, CHUNK), keep (B H, count, 4).
 
     begins, lengths (B, N): the chunks. `past` and `write` are as reads see them, `add` and `keep` as the chunk's end
-    does; keep = (W from W, W from S, S from S, unused).
+    does; keep = (W from W, W from S, S from S, 0).
     """
     n = first + tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
@@ -75,6 +75,7 @@ def gates_kernel(
     tl.store(keep + of_chunk * 4, kept)
     tl.store(keep + of_chunk * 4 + 1, taken)
     tl.store(keep + of_chunk * 4 + 2, fade)
+    tl.store(keep + of_chunk * 4 + 3, 0.0)
 
 
 @triton.jit

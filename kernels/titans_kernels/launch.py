@@ -1,7 +1,7 @@
 """The launches of one call of the memory: a segment's gates, writes and reads, and the same backward.
 
-Every per-chunk buffer is one segment's, (B H, count, ...). What a memory does not have (momentum, a first layer, a norm)
-is None in its place.
+Every per-chunk buffer is one segment's, (B H, count, ...). What a memory does not have (momentum, a first layer, a
+norm) is None in its place.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from titans_kernels.gates import gates_backward_kernel, gates_kernel
-from titans_kernels.read import read_backward_kernel, read_kernel
+from titans_kernels.read import read_kernel
+from titans_kernels.read_backward import queries_backward_kernel, reads_backward_kernel
 from titans_kernels.table import launch_of
 from titans_kernels.write import write_kernel
 from titans_kernels.write_backward import write_backward_kernel
@@ -74,9 +75,10 @@ class Gates:
 
 @dataclass
 class Work:
-    """The state each chunk began with, in the dtype of the products, and the descents (B H, count, CHUNK, D)."""
+    """The state each chunk began with, in the dtype of the products; outputs and descents as in `write_kernel`."""
 
     states: list[Tensor]
+    outputs: Tensor
     descents: Tensor
 
 
@@ -133,10 +135,10 @@ class Shape:
         """W1, S1, W2, S2, None where there is none."""
         if not given:
             return [None] * 4
-        of_layers = [[given[2 * i], given[2 * i + 1]] if self.momentum else [given[i], None] for i in range(self.depth)]
-        if self.depth == 1:
-            of_layers.insert(0, [None, None])
-        return [x for layer in of_layers for x in layer]
+        slots: list[Tensor | None] = list(given)
+        if not self.momentum:
+            slots = [x for w in given for x in (w, None)]
+        return slots if self.depth == 2 else [None, None, *slots]
 
     def new_slots(self, count: int, dtype: torch.dtype) -> list[Tensor]:
         """Room for `count` states of every row."""
@@ -153,7 +155,7 @@ class Shape:
         block = self.dim if self.depth == 1 else launch.block
         return {
             "HEAD": self.head_dim, "HIDDEN": self.hidden, "DIM": self.dim, "BLOCK": block, "CHUNK": self.chunk,
-            "DEPTH": self.depth, "MOMENTUM": self.momentum, "RESIDUAL": self.residual, "ACTIVATION": self.activation,
+            "DEPTH": self.depth, "MOMENTUM": self.momentum, "ACTIVATION": self.activation,
             "PRECISION": "ieee" if self.dtype == torch.float32 else "tf32",
             "num_warps": launch.warps, "num_stages": launch.stages,
         }  # fmt: skip
@@ -174,12 +176,13 @@ def gates(shape: Shape, x: Inputs, chunks: Chunks, segment: Segment) -> Gates:
 def write(shape: Shape, x: Inputs, chunks: Chunks, segment: Segment, gates: Gates, state: Slots, begin: Slots) -> Work:
     """Writes a segment into `state`, in place. begin: what documents begin with, or nothing."""
     first, count = segment
-    work = Work(shape.new_slots(count, shape.dtype), shape.new(count, shape.chunk, shape.head_dim, dtype=shape.dtype))
+    of_tokens = count, shape.chunk, shape.head_dim
+    work = Work(shape.new_slots(count, shape.dtype), shape.new(*of_tokens), shape.new(*of_tokens, dtype=shape.dtype))
     write_kernel[(shape.rows,)](
         x.k, x.v, x.limit, chunks.begins, chunks.lengths, chunks.flags, gates.add, gates.keep, x.gain, x.bias,
-        *shape.four(state), *shape.four(begin), *shape.four(work.states), work.descents,
+        *shape.four(state), *shape.four(begin), *shape.four(work.states), work.outputs, work.descents,
         shape.length, shape.heads, chunks.count, first, count,
-        **shape.options("write"), LOSS=shape.loss, STARTS=bool(begin),
+        **shape.options("write"), RESIDUAL=shape.residual, LOSS=shape.loss, STARTS=bool(begin),
     )  # fmt: skip
     return work
 
@@ -193,7 +196,7 @@ def read(
         x.q, x.k, work.descents, chunks.begins, chunks.lengths, gates.write, gates.past, x.gain, x.bias,
         *shape.four(work.states), y, raw,
         shape.length, shape.heads, chunks.count, first, count,
-        **shape.options("read"),
+        **shape.options("read"), RESIDUAL=shape.residual,
     )  # fmt: skip
 
 
@@ -205,26 +208,33 @@ def backward(
     first, count = segment
     b, dim, hidden = shape.chunk, shape.head_dim, shape.hidden
     at_starts = shape.new_slots(count, shape.dtype)
-    g_reads, g_descents = shape.new(count, b, dim), shape.new(count, b, dim)
-    g_inputs = g_hidden = None
+    g_queries, g_keys, g_descents = (shape.new(count, b, dim) for _ in range(3))
+    g_raw, g_outputs = (shape.new(count, b, dim, dtype=shape.dtype) for _ in range(2))
+    of_units: list[Tensor | None] = [None] * 6
     if shape.depth == 2:
-        g_inputs, g_hidden = (shape.new(count, b, hidden, dtype=shape.dtype) for _ in range(2))
+        of_units = [shape.new(count, b, hidden, dtype=shape.dtype) for _ in range(6)]
+    inner, pulled, queried, g_inner, g_inputs, g_hidden = of_units
     g_write, g_past = shape.new(count, b, b), shape.new(count, 2, b)
     g_add, g_keep = shape.new(count, 2, b), shape.new(count, 4)
     g_gain, g_bias = (shape.new(count, dim), shape.new(count, dim)) if shape.residual else (None, None)
     tables = chunks.begins, chunks.lengths
     sizes = shape.length, shape.heads, chunks.count, first, count
-    read_backward_kernel[(count, shape.rows)](
-        g_y, x.q, x.k, work.descents, raw, *tables, gates.write, gates.past, x.gain, *shape.four(work.states),
-        grads.q, g_reads, g_descents, g_inputs, g_hidden, g_write, g_past, *shape.four(at_starts), g_gain, g_bias,
-        *sizes, **shape.options("read_backward"),
+    queries_backward_kernel[(count, shape.rows)](
+        g_y, x.q, x.k, work.descents, raw, *tables, gates.write, gates.past, gates.keep, x.gain,
+        *shape.four(work.states), g_queries, g_past, g_gain, g_bias, g_raw, inner, pulled, queried, g_inner,
+        *sizes, **shape.options("queries_backward"), RESIDUAL=shape.residual,
+    )  # fmt: skip
+    reads_backward_kernel[(count, shape.rows)](
+        x.q, x.k, work.descents, *tables, gates.write, gates.past, inner, pulled, queried, g_inner, g_raw, g_queries,
+        grads.q, g_keys, g_descents, g_inputs, g_hidden, g_write, *shape.four(at_starts),
+        *sizes, **shape.options("reads_backward"),
     )  # fmt: skip
     write_backward_kernel[(shape.rows,)](
-        x.k, x.v, x.limit, work.descents, *tables, chunks.flags, gates.add, gates.keep, x.gain, x.bias, largest,
-        *shape.four(work.states), *shape.four(at_starts), *shape.four(g_state),
-        *shape.four(g_begin),
-        g_reads, grads.k, grads.v, grads.limit, g_descents, g_inputs, g_hidden, g_add, g_keep, g_gain, g_bias,
-        *sizes, **shape.options("write_backward"), LOSS=shape.loss, STARTS=bool(g_begin), LIMITED=largest is not None,
+        x.k, x.v, x.limit, work.outputs, work.descents, *tables, chunks.flags, gates.add, gates.keep, x.gain, x.bias,
+        largest, *shape.four(work.states), *shape.four(at_starts), *shape.four(g_state), *shape.four(g_begin),
+        g_keys, grads.k, grads.v, grads.limit, g_descents, g_outputs, inner, pulled, g_inputs, g_hidden, g_add, g_keep,
+        g_gain, g_bias, *sizes, **shape.options("write_backward"), RESIDUAL=shape.residual, LOSS=shape.loss,
+        STARTS=bool(g_begin), LIMITED=largest is not None,
     )  # fmt: skip
     total = shape.rows * count
     programs = min(total, GATE_PROGRAMS)

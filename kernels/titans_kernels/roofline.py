@@ -215,8 +215,9 @@ def resident_shared_bytes(memory: Memory) -> int:
     """Shared memory of a program that keeps the state in registers and writes and reads one chunk after another.
 
     W and S in bfloat16 as operands; q, k, v and the gates' b x b twice, one pair being loaded; a, d of the keys, x of
-    the queries; the last deltas; scores. The probe's compiled kernels need just this: 136 and 192 KiB for heads of 64,
-    expansion 1 and 2, chunks of 64.
+    the queries; the last deltas; scores. Chosen so that it is what two kernels compiled ahead of time need: 136 and 192
+    KiB for heads of 64, expansion 1 and 2, chunks of 64. A third, of expansion 1 and chunks of 128, needed 256: this
+    says 288, and neither fits.
     """
     b, dim, hidden = memory.chunk_size, memory.head_dim, memory.hidden
     operands = 2 * memory.slots * memory.weights
@@ -253,7 +254,7 @@ def resident_passes(memory: Memory, exchange: float = 0.0) -> list[Pass]:
         waits=exchange,
     )
     reverse = replace(_reverse_writes(memory), stages=12, waits=exchange)
-    return [_gates(memory), forward, _reads_backward(memory), reverse, _gates(memory, is_backward=True)]
+    return [_gates(memory), forward, *_reads_backward(memory), reverse, _gates(memory, is_backward=True)]
 
 
 def cached_passes(memory: Memory) -> list[Pass]:
@@ -261,30 +262,30 @@ def cached_passes(memory: Memory) -> list[Pass]:
 
     Writes first, which leave the state every chunk began with; then all reads at once. A write goes over the hidden
     blocks twice, because the second layer's output needs all of them: the first layer is worked out twice. The backward
-    pass repeats the writes instead of keeping their states.
+    pass repeats the writes instead of keeping their states, and stores the hidden numbers that two kernels need.
     """
     b, dim, state = memory.chunk_size, memory.head_dim, memory.slots * memory.weights
     write = _cached_writes(memory)
     read = Pass(
         "reads",
         flops=2 * b * (_recomputed(memory) + state) + 2 * b * b * sum(memory.widths),
-        memory_bytes=2 * state + 8 * b * dim + 4 * b * b,
+        memory_bytes=2 * state + 10 * b * dim + 4 * b * b,
         operations=_lanes(memory, 2, 2),
         special=2 * b * memory.hidden,
     )
     again = replace(write, name="writes again")
-    backward = [_reads_backward(memory), _cached_reverse(memory), _gates(memory, is_backward=True)]
+    backward = [*_reads_backward(memory), _cached_reverse(memory), _gates(memory, is_backward=True)]
     return [_gates(memory), write, read, again, *backward]
 
 
 def merged_passes(memory: Memory) -> list[Pass]:
     """Plan C with the reads beside the writes, forward and backward: no chunk's gradient of the state is stored.
 
-    Only for so many sequences and heads that one program for each fills the GPU.
+    Nor are hidden numbers. Only for so many sequences and heads that one program for each fills the GPU.
     """
     b, dim, state = memory.chunk_size, memory.head_dim, memory.slots * memory.weights
-    write, reverse, read_backward = _cached_writes(memory), _cached_reverse(memory), _reads_backward(memory)
-    blocks = _blocks(memory)
+    write, reverse, of_reads = _cached_writes(memory), _cached_reverse(memory), _reads_backward(memory)
+    again = _recomputed(memory) + memory.weights - memory.earlier_weights
     forward = replace(
         write,
         name="writes and reads",
@@ -292,19 +293,19 @@ def merged_passes(memory: Memory) -> list[Pass]:
         memory_bytes=10 * b * dim + 4 * b * b,
         operations=_lanes(memory, 3, 3) + STATE_OPERATIONS * state,
         special=3 * b * memory.hidden,
-        stages=6 * blocks + 2,
+        stages=6 * _blocks(memory) + 2,
     )
     backward = replace(
         reverse,
         name="reverse writes and reads",
-        flops=reverse.flops + read_backward.flops - 2 * b * _recomputed(memory),
+        flops=reverse.flops + sum(one.flops for one in of_reads) + 2 * b * again,
         memory_bytes=2 * state + 14 * b * dim + 8 * b * b,
         operations=_lanes(memory, 4, 6) + (STATE_OPERATIONS + 3) * state,
         special=4 * b * memory.hidden,
-        stages=10 * blocks + 4,
+        stages=10 * _blocks(memory) + 4,
     )
-    again = replace(write, name="writes again")
-    return [_gates(memory), forward, again, backward, _gates(memory, is_backward=True)]
+    write_again = replace(write, name="writes again")
+    return [_gates(memory), forward, write_again, backward, _gates(memory, is_backward=True)]
 
 
 def _blocks(memory: Memory) -> int:
@@ -318,7 +319,7 @@ def _cached_writes(memory: Memory) -> Pass:
         "writes",
         flops=2 * b * (memory.weights + _recomputed(memory) + state),
         l2_bytes=4 * memory.weights + 8 * state,
-        memory_bytes=2 * state + 6 * b * memory.head_dim,
+        memory_bytes=2 * state + 10 * b * memory.head_dim,
         operations=_lanes(memory, 2, 1) + STATE_OPERATIONS * state,
         special=2 * b * memory.hidden,
         stages=4 * _blocks(memory) + 2,
@@ -328,31 +329,22 @@ def _cached_writes(memory: Memory) -> Pass:
 def _reverse_writes(memory: Memory) -> Pass:
     """From the last chunk to the first: the state's adjoint, the gradients of k, v and the gates.
 
-    In bfloat16: the chunk's first state, what the reads add to its adjoint, and to the hidden inputs and deltas.
+    In bfloat16: the chunk's first state, what the reads add to its adjoint, and five kinds of hidden numbers.
     """
     b, dim, state = memory.chunk_size, memory.head_dim, memory.slots * memory.weights
-    output = memory.weights - memory.earlier_weights  # the last layer's, worked out again too
-    products = 2 * state + 2 * memory.weights + 2 * memory.later_weights + _recomputed(memory) + output
     return Pass(
         "reverse writes",
-        flops=2 * b * products,
-        memory_bytes=4 * state + 4 * b * memory.hidden + 14 * b * dim,
+        flops=2 * b * (2 * state + 2 * memory.weights + 2 * memory.later_weights),
+        memory_bytes=4 * state + 10 * b * memory.hidden + 30 * b * dim,
         operations=_lanes(memory, 2, 4) + (STATE_OPERATIONS + 3) * state,
         special=2 * b * memory.hidden,
     )
 
 
 def _cached_reverse(memory: Memory) -> Pass:
-    """The same with the adjoint in L2, float32: read, then read and written; hidden numbers worked out twice."""
-    b, state, one = memory.chunk_size, memory.slots * memory.weights, _reverse_writes(memory)
-    return replace(
-        one,
-        flops=one.flops + 2 * b * _recomputed(memory),
-        l2_bytes=12 * state,
-        operations=one.operations + b * memory.hidden * ACTIVATION_OPERATIONS,
-        special=3 * b * memory.hidden,
-        stages=6 * _blocks(memory) + 4,
-    )
+    """The same with the adjoint in L2, float32: read, then read and written."""
+    state = memory.slots * memory.weights
+    return replace(_reverse_writes(memory), l2_bytes=12 * state, stages=6 * _blocks(memory) + 4)
 
 
 def _recomputed(memory: Memory) -> int:
@@ -360,17 +352,29 @@ def _recomputed(memory: Memory) -> int:
     return memory.earlier_weights + memory.later_weights
 
 
-def _reads_backward(memory: Memory) -> Pass:
-    """Gradients of q, of the gates' matrices and, per chunk, of the state, the inputs and the deltas."""
-    b, dim, widths = memory.chunk_size, memory.head_dim, sum(memory.widths)
-    state, read_again = memory.slots * memory.weights, memory.slots * memory.earlier_weights
-    return Pass(
-        "reads backward",
-        flops=2 * b * (_recomputed(memory) + read_again + 2 * state) + 2 * b * b * (3 * widths - dim),
-        memory_bytes=4 * state + 14 * b * dim + 4 * b * memory.hidden + 8 * b * b,
+def _reads_backward(memory: Memory) -> list[Pass]:
+    """Gradients of q, of the gates' matrices and, per chunk, of the state, the inputs and the deltas.
+
+    Two kernels: back through the reads to the queries; then to all that was read. Between them four hidden numbers.
+    """
+    b, dim, hidden = memory.chunk_size, memory.head_dim, memory.hidden
+    state = memory.slots * memory.weights
+    queries = Pass(
+        "queries backward",
+        flops=2 * b * (_recomputed(memory) + memory.slots * memory.earlier_weights + state)
+        + 2 * b * b * (sum(memory.widths) if hidden else 0),
+        memory_bytes=2 * state + 16 * b * dim + 8 * b * hidden + 4 * b * b,
         operations=_lanes(memory, 2, 3),
-        special=2 * b * memory.hidden,
+        special=2 * b * hidden,
     )
+    reads = Pass(
+        "reads backward",
+        flops=2 * b * state + 2 * b * b * (5 * dim + (2 * dim + 4 * hidden if hidden else 0)),
+        memory_bytes=2 * state + 22 * b * dim + 12 * b * hidden + 8 * b * b,
+        operations=_lanes(memory, 1, 3),
+        special=b * hidden,
+    )
+    return [queries, reads]
 
 
 def _gates(memory: Memory, is_backward: bool = False) -> Pass:

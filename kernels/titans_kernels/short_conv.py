@@ -1,4 +1,5 @@
-# mypy: disable-error-code="no-untyped-def"
+# mypy: disable-error-code="no-untyped-def, assignment"
+# ruff: noqa: RUF005, SIM102  (Triton unpacks no tuples, and works out both sides of `and`)
 """Causal depthwise convolution over time, SiLU, and every head at length 1, in one kernel.
 
 A program walks over a chunk of the tokens of a few heads, a token at a time, and keeps the last tokens in registers:
@@ -17,9 +18,10 @@ import triton.language as tl
 from torch import Tensor
 
 from titans_kernels.ahead_of_time import Configuration
+from titans_kernels.sigmoid import sigmoid
 
 CHUNK = 64  # tokens a program writes; it reads kernel - 1 more forward and twice as many backward
-CHANNELS = 1024  # that a program has at most, unless a head is larger: 8 for each of 128 threads, 16 bytes in bfloat16
+WARPS = 4  # of a program
 
 
 def short_conv(
@@ -89,7 +91,7 @@ class _ShortConv(torch.autograd.Function):
         g_past = x.new_empty(batch, kernel - 1, channels, dtype=torch.float32)
         # A program's share each, summed afterwards: the order of the sum, and so the result, is always the same.
         g_weight = x.new_empty(batch * chunks, kernel, channels, dtype=torch.float32)
-        g_begin = None if begin is None else torch.empty_like(g_weight[:, 1:])
+        g_begin = None if begin is None else x.new_empty(batch * chunks, kernel - 1, channels, dtype=torch.float32)
         _backward_kernel[programs](
             x,
             past,
@@ -112,7 +114,7 @@ class _ShortConv(torch.autograd.Function):
         return (
             g_x,
             g_past.to(past.dtype),
-            g_weight.sum(0).T.to(weight.dtype),
+            g_weight.sum(0).T.to(weight.dtype).contiguous(),
             None if g_begin is None else g_begin.sum(0, keepdim=True).to(begin.dtype),
             None,
             None,
@@ -128,43 +130,55 @@ def _stride(past: Tensor) -> int:
 def _launch(x: Tensor, kernel: int, head_dim: int, unit: bool) -> tuple[tuple[int, int], dict[str, Any], int]:
     """Number of programs, constants, warps."""
     batch, length, channels = x.shape
-    constants, num_warps = _tile(channels // head_dim, head_dim)
+    constants, num_warps = _constants(channels // head_dim, head_dim, kernel, unit, x.element_size())
     blocks = triton.cdiv(channels // head_dim, constants["BLOCK_HEADS"])
-    return (blocks * triton.cdiv(length, CHUNK), batch), constants | {"KERNEL": kernel, "UNIT": unit}, num_warps
+    return (blocks * triton.cdiv(length, CHUNK), batch), constants, num_warps
 
 
-def _tile(heads: int, head_dim: int) -> tuple[dict[str, Any], int]:
-    """The heads of a program, and its warps."""
+def _constants(heads: int, head_dim: int, kernel: int, unit: bool, element_size: int) -> tuple[dict[str, Any], int]:
+    """What the kernels are compiled for, and their warps."""
+    of_a_thread = 16 // element_size  # the largest load
+    if kernel > 4:  # the registers of a thread hold no more
+        of_a_thread //= 2
     padded = triton.next_power_of_2(head_dim)
-    block_heads = min(triton.next_power_of_2(heads), max(1, CHANNELS // padded))
-    constants = {"HEAD_DIM": head_dim, "PADDED_DIM": padded, "BLOCK_HEADS": block_heads, "CHUNK": CHUNK}
-    return constants, max(1, block_heads * padded // 256)
+    block_heads = min(triton.next_power_of_2(heads), max(1, WARPS * 32 * of_a_thread // padded))
+    constants = {
+        "KERNEL": kernel,
+        "UNIT": unit,
+        "HEAD_DIM": head_dim,
+        "PADDED_DIM": padded,
+        "BLOCK_HEADS": block_heads,
+        "CHUNK": CHUNK,
+    }
+    return constants, max(1, block_heads * padded // (32 * of_a_thread))
 
 
 def configurations() -> Iterator[Configuration]:
-    """For 1024 channels; of the forms without documents or without unit length, those in bfloat16."""
-    integers = {"length": "i32", "heads": "i32", "past_stride": "i32"}
+    """For 1024 channels. In float32 only the form that needs most, with documents and heads of unit length."""
     for dtype, head_dim, unit, documents in product(("bf16", "fp32"), (64, 96, 128), (True, False), (True, False)):
         if dtype == "fp32" and not (unit and documents):
             continue
-        constants, num_warps = _tile(1024 // head_dim, head_dim)
-        constants |= {"KERNEL": 4, "UNIT": unit}
-        pointer, sums, own = f"*{dtype}", "*fp32", {"begin": f"*{dtype}", "starts": "*u8"}
-        inputs = {"x": pointer, "past": pointer, "weight": pointer, **integers}
+        constants, num_warps = _constants(1024 // head_dim, head_dim, 4, unit, 2 if dtype == "bf16" else 4)
+        pointer, sums = f"*{dtype}", "*fp32"
+        types = {
+            "x": pointer,
+            "past": pointer,
+            "weight": pointer,
+            "length": "i32",
+            "heads": "i32",
+            "past_stride": "i32",
+        }
+        given = {"begin": pointer, "starts": "*u8"}
         gradients = {"g_y": pointer, "g_x": pointer, "g_past": sums, "g_weight": sums}
-        name = f"{dtype} head_dim={head_dim}{' unit' if unit else ''}{' documents' if documents else ''}"
-        for kernel, more in ((_forward_kernel, {"y": pointer}), (_backward_kernel, gradients)):
-            signature, absent = {**inputs, **more, **own}, {}
-            if kernel is _backward_kernel:
-                signature["g_begin"] = sums
-            if not documents:
-                absent = {argument: None for argument in ("begin", "starts", "g_begin") if argument in signature}
-            kind = "forward" if kernel is _forward_kernel else "backward"
+        for kind, kernel, more, of_documents in (
+            ("forward", _forward_kernel, {"y": pointer}, given),
+            ("backward", _backward_kernel, gradients, {**given, "g_begin": sums}),
+        ):
             yield Configuration(
-                f"short_conv {kind} {name}",
+                f"short_conv {kind} {dtype} head_dim={head_dim}{' unit' * unit}{' documents' * documents}",
                 kernel,
-                {argument: kind for argument, kind in signature.items() if argument not in absent},
-                {**constants, **absent},
+                {**types, **more, **(of_documents if documents else {})},
+                {**constants, **({} if documents else dict.fromkeys(of_documents))},
                 num_warps,
                 divisible=frozenset({"past_stride"}),
             )
@@ -194,17 +208,18 @@ def _forward_kernel(
     last = tl.minimum(first + CHUNK, length)
     row = tl.program_id(1).to(tl.int64) * length
     taps = _taps(weight, channel, inside, KERNEL)
-    before = _before(past + tl.program_id(1).to(tl.int64) * past_stride, channel, inside, channels, first, REACH)
+    before = _rows(past + tl.program_id(1).to(tl.int64) * past_stride, channel, inside & (first == 0), channels, REACH)
     # The tokens before the chunk are walked over as well: they fill `before`, and a document may start among them.
     token = tl.maximum(first - REACH, 0)
-    following = tl.load(x + (row + token) * channels + channel, mask=inside)
+    following = tl.load(x + (row + token) * channels + channel, mask=inside, other=0.0)
     for t in range(token, last):
         now = following.to(tl.float32)
-        following = tl.load(x + (row + t + 1) * channels + channel, mask=inside & (t + 1 < last))
+        following = tl.load(x + (row + t + 1) * channels + channel, mask=inside & (t + 1 < last), other=0.0)
         if starts is not None:
-            before = _begun(before, begin, tl.load(starts + row + t) != 0, channel, inside, channels, REACH)
+            if tl.load(starts + row + t) != 0:
+                before = _rows(begin, channel, inside, channels, REACH)
         mixed = _mixed(now, before, taps, REACH)
-        out = mixed * tl.sigmoid(mixed)
+        out = mixed * sigmoid(mixed)
         if UNIT:
             out *= _inverse_length(out)[:, None]
         tl.store(y + (row + t) * channels + channel, out.to(y.dtype.element_ty), mask=inside & (t >= first))
@@ -240,7 +255,7 @@ def _backward_kernel(
     batch = tl.program_id(1).to(tl.int64)
     row = batch * length
     taps = _taps(weight, channel, inside, KERNEL)
-    before = _before(past + batch * past_stride, channel, inside, channels, first, REACH)
+    before = _rows(past + batch * past_stride, channel, inside & (first == 0), channels, REACH)
     zero = tl.zeros([BLOCK_HEADS, PADDED_DIM], tl.float32)
     g_before = (zero,) * REACH  # what the tokens of `before` have of their gradients so far
     g_taps = (zero,) * KERNEL
@@ -256,57 +271,49 @@ def _backward_kernel(
         following = tl.load(x + (row + t + 1) * channels + channel, mask=there, other=0.0)
         g_following = tl.load(g_y + (row + t + 1) * channels + channel, mask=there, other=0.0)
         if starts is not None:
-            start = tl.load(starts + row + t, mask=t < length, other=0) != 0
-            before = _begun(before, begin, start, channel, inside, channels, REACH)
-            since = tl.where(start, 0, tl.minimum(since + 1, REACH))
+            since = tl.minimum(since + 1, REACH)
+            if tl.load(starts + row + t, mask=t < length, other=0) != 0:
+                before = _rows(begin, channel, inside, channels, REACH)
+                since = tl.full([], 0, tl.int32)
 
         mixed = _mixed(now, before, taps, REACH)
-        sigmoid = tl.sigmoid(mixed)
+        opened = sigmoid(mixed)
         if UNIT:
-            out = mixed * sigmoid
+            out = mixed * opened
             inverse = _inverse_length(out)
-            # Shorter than this, the length counts as a constant.
-            along = tl.where(inverse < 1e12, tl.sum(g_out * out, 1) * inverse * inverse, 0.0)
+            # Where the length is raised to 1e-12, it is a constant.
+            along = tl.where(inverse < 9.99e11, tl.sum(g_out * out, 1) * inverse * inverse, 0.0)
             g_out = (g_out - out * along[:, None]) * inverse[:, None]
-        g_mixed = g_out * sigmoid * (1.0 + mixed * (1.0 - sigmoid))
+        g_mixed = g_out * opened * (1.0 + mixed * (1.0 - opened))
 
         own = tl.where((t >= first) & (t < last), g_mixed, 0.0)
         reached = (now,) + before
+        g_taps = _multiplied_and_added(g_taps, own, reached, KERNEL)
         g_reached = (zero,) + g_before
-        new_taps = ()
-        new_reached = ()
-        for i in tl.static_range(KERNEL):
-            new_taps = new_taps + (g_taps[i] + own * reached[i],)
-            g = taps[i] * g_mixed
-            if starts is not None:
-                g = tl.where(i <= since, g, 0.0)
-            new_reached = new_reached + (g_reached[i] + g,)
-        g_taps = new_taps
         if starts is not None:
             if since < REACH:
-                new_begins = ()
-                for j in tl.static_range(REACH):
-                    g = g_begins[j]
-                    for i in tl.static_range(REACH - j, KERNEL):
-                        g += tl.where(since == i - (REACH - j), taps[i] * own, 0.0)
-                    new_begins = new_begins + (g,)
-                g_begins = new_begins
+                g_begins = _added_to_begin(g_begins, own, taps, since, REACH)
+                g_reached = _added_since(g_reached, g_mixed, taps, since, KERNEL)
+            else:
+                g_reached = _multiplied_and_added(g_reached, g_mixed, taps, KERNEL)
+        else:
+            g_reached = _multiplied_and_added(g_reached, g_mixed, taps, KERNEL)
 
         done = t - REACH
-        whole = new_reached[REACH]
+        whole = g_reached[REACH]
         at = g_x + (row + done) * channels + channel
         tl.store(at, whole.to(g_x.dtype.element_ty), mask=inside & (done >= first))
         if done < 0:
             tl.store(g_past + (batch * REACH + t) * channels + channel, whole, mask=inside)
-        g_before = new_reached[:REACH]
+        g_before = g_reached[:REACH]
         before = reached[:REACH]
 
     share = batch * tl.cdiv(length, CHUNK) + first // CHUNK
     for i in tl.static_range(KERNEL):
         tl.store(g_weight + (share * KERNEL + REACH - i) * channels + channel, g_taps[i], mask=inside)
     if starts is not None:
-        for j in tl.static_range(REACH):
-            tl.store(g_begin + (share * REACH + j) * channels + channel, g_begins[j], mask=inside)
+        for i in tl.static_range(REACH):
+            tl.store(g_begin + (share * REACH + REACH - 1 - i) * channels + channel, g_begins[i], mask=inside)
 
 
 @triton.jit
@@ -329,23 +336,13 @@ def _taps(weight, channel, inside, KERNEL: tl.constexpr):
 
 
 @triton.jit
-def _before(past, channel, inside, channels, first, REACH: tl.constexpr):
-    """The tokens before the chunk, the last one first, if it is the sequence's first chunk."""
-    before = ()
+def _rows(rows, channel, inside, channels, REACH: tl.constexpr):
+    """REACH tokens, the last one first."""
+    tokens = ()
     for i in tl.static_range(REACH):
-        token = tl.load(past + (REACH - 1 - i) * channels + channel, mask=inside & (first == 0), other=0.0)
-        before = before + (token.to(tl.float32),)
-    return before
-
-
-@triton.jit
-def _begun(before, begin, start, channel, inside, channels, REACH: tl.constexpr):
-    """`before`, or what lies before a document if it begins now."""
-    begun = ()
-    for i in tl.static_range(REACH):
-        token = tl.load(begin + (REACH - 1 - i) * channels + channel, mask=inside & start, other=0.0)
-        begun = begun + (tl.where(start, token.to(tl.float32), before[i]),)
-    return begun
+        token = tl.load(rows + (REACH - 1 - i) * channels + channel, mask=inside, other=0.0)
+        tokens = tokens + (token.to(tl.float32),)
+    return tokens
 
 
 @triton.jit
@@ -357,6 +354,35 @@ def _mixed(now, before, taps, REACH: tl.constexpr):
 
 
 @triton.jit
+def _multiplied_and_added(sums, factor, values, COUNT: tl.constexpr):
+    new = ()
+    for i in tl.static_range(COUNT):
+        new = new + (sums[i] + factor * values[i],)
+    return new
+
+
+@triton.jit
+def _added_since(g_reached, g_mixed, taps, since, KERNEL: tl.constexpr):
+    """To the tokens that the document has."""
+    new = ()
+    for i in tl.static_range(KERNEL):
+        new = new + (g_reached[i] + tl.where(i <= since, taps[i] * g_mixed, 0.0),)
+    return new
+
+
+@triton.jit
+def _added_to_begin(g_begins, g_mixed, taps, since, REACH: tl.constexpr):
+    """To what lies before the document, as far as it is reached `since` tokens after its first."""
+    new = ()
+    for i in tl.static_range(REACH):
+        g = g_begins[i]
+        for j in tl.static_range(REACH - i):
+            g += tl.where(since == j, taps[1 + i + j] * g_mixed, 0.0)
+        new = new + (g,)
+    return new
+
+
+@triton.jit
 def _inverse_length(out):
-    """1 / length of every head (heads, dim), of at least 1e-12."""
-    return 1.0 / tl.maximum(tl.sqrt(tl.sum(out * out, 1)), 1e-12)
+    """1 / length of every head (heads, dim), its length raised to 1e-12 if it is less."""
+    return tl.rsqrt(tl.maximum(tl.sum(out * out, 1), 1e-24))

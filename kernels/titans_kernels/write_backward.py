@@ -4,6 +4,7 @@ A chunk's gradients of gradients are written out: up through the update into the
 the descent at the output, and down through the network. As in the write pass the hidden units go by twice.
 """
 
+# ruff: noqa: SIM102  (what is known when compiling is apart from what is known when running)
 # mypy: disable-error-code="no-untyped-def"
 
 import triton
@@ -16,20 +17,23 @@ from titans_kernels.tiles import (
     load_out,
     load_rows,
     load_tokens,
+    load_turned,
     store_in,
-    store_out,
     store_rows,
     store_tokens,
+    store_turned,
 )
-from titans_kernels.write import BORDER, RESET
+from titans_kernels.write import BORDER, PART, RESET
+
+ROWS = tl.constexpr(16)
 
 
 @triton.jit
 def write_backward_kernel(
-    k, v, limit, descents, begins, lengths, flags, add, keep, gain, bias, largest,
+    k, v, limit, outputs, descents, begins, lengths, flags, add, keep, gain, bias, largest,
     chunk_w1, chunk_s1, chunk_w2, chunk_s2, from_w1, from_s1, from_w2, from_s2,
     g_w1, g_s1, g_w2, g_s2, g_begin_w1, g_begin_s1, g_begin_w2, g_begin_s2,
-    g_reads, g_k, g_v, g_limit, g_descents, g_inputs, g_hidden, g_add, g_keep, g_gain, g_bias,
+    g_reads, g_k, g_v, g_limit, g_descents, g_outputs, inner, pulled, g_inputs, g_hidden, g_add, g_keep, g_gain, g_bias,
     length_t, heads, chunks, first, count,
     HEAD: tl.constexpr, HIDDEN: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
     DEPTH: tl.constexpr, MOMENTUM: tl.constexpr, RESIDUAL: tl.constexpr, LOSS: tl.constexpr,
@@ -38,8 +42,10 @@ def write_backward_kernel(
     """Chunks [first, first + count) of every row, last first; arguments as in `write_kernel`.
 
     from_*: what each chunk's reads ask of the state at its start. g_w1 ...: the adjoint, at the end on entry, at the
-    start on return. g_descents, g_inputs, g_hidden and g_reads (at the keys) are the reads' part, g_k is all of it.
-    g_begin_*: added to. g_gain, g_bias (B H, count, HEAD): added to. largest (B H,): what the adjoint's norm may be between two groups.
+    start on return. g_descents, g_inputs, g_hidden and g_reads (at the keys) are the reads' part and are
+    written over, g_outputs is scratch, g_k is all of it.
+    g_begin_* and g_gain, g_bias (B H, count, HEAD): added to. largest (B H,): the adjoint's norm between two groups at
+    most.
     """
     row = tl.program_id(0).to(tl.int64)
     batch, head = row // heads, row % heads
@@ -72,131 +78,161 @@ def write_backward_kernel(
         keep_w = tl.load(keep + of_chunk * 4)
         keep_t = tl.load(keep + of_chunk * 4 + 1)
         keep_s = tl.load(keep + of_chunk * 4 + 2)
-        keyed_w = (key.to(tl.float32) * add_w).to(key.dtype)
-        keyed_s = (key.to(tl.float32) * add_s).to(key.dtype)
         # Up: what the update asks of the inputs and descents of each layer, and through these of the last descent.
         g_d2 = load_rows(g_descents, of_chunk, 0, length, HEAD, DIM, CHUNK).to(tl.float32)
-        z2 = tl.zeros((CHUNK, DIM), tl.float32)
-        up_w = tl.zeros((CHUNK, DIM), tl.float32)
-        up_s = tl.zeros((CHUNK, DIM), tl.float32)
-        for j in range(0, HIDDEN, BLOCK):
-            last = load_out(chunk_w2 + saved, j, HIDDEN, HEAD, DIM, BLOCK)
-            after_w = load_out(g_w2, j, HIDDEN, HEAD, DIM, BLOCK).to(key.dtype)
+        for unit in range(0, HIDDEN, BLOCK):
+            j = tl.multiple_of(unit + tl.load(keep + of_chunk * 4 + 3).to(tl.int32), BLOCK)
+            a = key
             if DEPTH == 2:
-                own = load_in(chunk_w1 + saved, j, HIDDEN, HEAD, DIM, BLOCK)
-                a, slope, _ = activate(tl.dot(key, own, input_precision=PRECISION), ACTIVATION)
-                d1 = (tl.dot(d2, tl.trans(last), input_precision=PRECISION) * slope).to(key.dtype)
-                after_w1 = load_in(g_w1, j, HIDDEN, HEAD, DIM, BLOCK).to(key.dtype)
-                g_d1 = load_rows(g_hidden, of_chunk, j, length, HIDDEN, BLOCK, CHUNK)
-                g_d1 = tl.dot(keyed_w, after_w1, g_d1.to(tl.float32), input_precision=PRECISION)
-                up_w = tl.dot(d1, tl.trans(after_w1), up_w, input_precision=PRECISION)
-                if MOMENTUM:
-                    after_s1 = load_in(g_s1, j, HIDDEN, HEAD, DIM, BLOCK).to(key.dtype)
-                    g_d1 = tl.dot(keyed_s, after_s1, g_d1, input_precision=PRECISION)
-                    up_s = tl.dot(d1, tl.trans(after_s1), up_s, input_precision=PRECISION)
-                store_rows(g_hidden, g_d1, of_chunk, j, length, HIDDEN, BLOCK, CHUNK)
-                g_d2 = tl.dot((g_d1 * slope).to(key.dtype), last, g_d2, input_precision=PRECISION)
+                z1 = load_rows(inner, of_chunk, j, length, HIDDEN, BLOCK, CHUNK).to(tl.float32)
+                a, slope, _ = activate(z1, ACTIVATION)
                 a = a.to(key.dtype)
-                z2 = tl.dot(a, last, z2, input_precision=PRECISION)
-            else:
-                a = key
-                z2 = tl.dot(key, last, z2, input_precision=PRECISION)
-            g_d2 = tl.dot((a.to(tl.float32) * add_w).to(key.dtype), after_w, g_d2, input_precision=PRECISION)
+                g_d1 = load_rows(g_hidden, of_chunk, j, length, HIDDEN, BLOCK, CHUNK).to(tl.float32)
+                after = load_in(g_w1, j, HIDDEN, HEAD, DIM, BLOCK).to(key.dtype)
+                g_d1 += tl.dot(key, after, input_precision=PRECISION) * add_w
+                if MOMENTUM:
+                    after = load_in(g_s1, j, HIDDEN, HEAD, DIM, BLOCK).to(key.dtype)
+                    g_d1 += tl.dot(key, after, input_precision=PRECISION) * add_s
+                store_rows(g_hidden, g_d1, of_chunk, j, length, HIDDEN, BLOCK, CHUNK)
+                last = load_out(chunk_w2 + saved, j, HIDDEN, HEAD, DIM, BLOCK)
+                g_d2 = tl.dot((g_d1 * slope).to(key.dtype), last, g_d2, input_precision=PRECISION)
+            after = load_out(g_w2, j, HIDDEN, HEAD, DIM, BLOCK).to(key.dtype)
+            g_d2 += tl.dot(a, after, input_precision=PRECISION) * add_w
             if MOMENTUM:
-                after_s = load_out(g_s2, j, HIDDEN, HEAD, DIM, BLOCK).to(key.dtype)
-                g_d2 = tl.dot((a.to(tl.float32) * add_s).to(key.dtype), after_s, g_d2, input_precision=PRECISION)
-        # Through the descent at the output.
-        value = load_tokens(v, begin, length, batch, head, length_t, heads, HEAD, DIM, CHUNK)
-        far = r * 0.0
-        at = (batch * length_t + begin + r) * heads + head
-        if LOSS == "huber":
-            far = tl.load(limit + at, mask=r < length, other=1.0)
-        g_z2, g_key, g_value, of_limit, of_gain, of_bias = descend_back(
-            g_d2, z2, key.to(tl.float32), value.to(tl.float32), far, gains, biases, inside, HEAD, RESIDUAL, LOSS
-        )
-        store_tokens(g_v, g_value, begin, length, batch, head, length_t, heads, HEAD, DIM, CHUNK)
-        if LOSS == "huber":
-            tl.store(g_limit + at, of_limit, mask=r < length)
+                after = load_out(g_s2, j, HIDDEN, HEAD, DIM, BLOCK).to(key.dtype)
+                g_d2 += tl.dot(a, after, input_precision=PRECISION) * add_s
+        store_rows(g_descents, g_d2, of_chunk, 0, length, HEAD, DIM, CHUNK)
+        tl.debug_barrier()
+        # Through the descent at the output, a few tokens at a time: it needs a dozen tiles at once.
+        of_gain = tl.zeros((DIM,), tl.float32)
+        of_bias = tl.zeros((DIM,), tl.float32)
+        for part in range(0, CHUNK, ROWS):
+            i = part + tl.arange(0, ROWS)
+            valid = (i < length)[:, None] & inside
+            token = i[:, None] * (heads * HEAD) + column[None, :] + ((batch * length_t + begin) * heads + head) * HEAD
+            own_row = i[:, None] * HEAD + column[None, :] + of_chunk * (CHUNK * HEAD)
+            some = tl.load(k + token, mask=valid, other=0.0).to(tl.float32)
+            value = tl.load(v + token, mask=valid, other=0.0).to(tl.float32)
+            z2 = tl.load(outputs + own_row, mask=valid, other=0.0)
+            g = tl.load(g_descents + own_row, mask=valid, other=0.0)
+            far = i * 0.0
+            at = (batch * length_t + begin + i) * heads + head
+            if LOSS == "huber":
+                far = tl.load(limit + at, mask=i < length, other=1.0)
+            g_z, g_f, g_value, g_far, part_of_gain, part_of_bias = descend_back(
+                g, z2, some, value, far, gains, biases, inside, HEAD, RESIDUAL, LOSS
+            )
+            tl.store(g_outputs + own_row, g_z.to(g_outputs.dtype.element_ty), mask=valid)
+            tl.store(g_v + token, g_value.to(g_v.dtype.element_ty), mask=valid)
+            if LOSS == "huber":
+                tl.store(g_limit + at, g_far, mask=i < length)
+            if RESIDUAL:
+                direct = tl.load(g_reads + own_row, mask=valid, other=0.0)
+                tl.store(g_reads + own_row, direct + g_f, mask=valid)
+                of_gain += tl.sum(tl.where(valid, part_of_gain, 0.0), 0)
+                of_bias += tl.sum(tl.where(valid, part_of_bias, 0.0), 0)
         if RESIDUAL:
-            valid = (r < length)[:, None]
             sums = of_chunk * HEAD + column
             older = tl.load(g_gain + sums, mask=column < HEAD, other=0.0)
-            tl.store(g_gain + sums, older + tl.sum(tl.where(valid, of_gain, 0.0), 0), mask=column < HEAD)
+            tl.store(g_gain + sums, older + of_gain, mask=column < HEAD)
             older = tl.load(g_bias + sums, mask=column < HEAD, other=0.0)
-            tl.store(g_bias + sums, older + tl.sum(tl.where(valid, of_bias, 0.0), 0), mask=column < HEAD)
-        g_z2 = tl.where((r < length)[:, None], g_z2, 0.0).to(key.dtype)
+            tl.store(g_bias + sums, older + of_bias, mask=column < HEAD)
+        tl.debug_barrier()
         # Down: through the network, and into the adjoint of the state the chunk began with.
-        g_key += load_rows(g_reads, of_chunk, 0, length, HEAD, DIM, CHUNK)
-        g_add_w = tl.sum(key.to(tl.float32) * up_w, 1)
-        g_add_s = tl.sum(key.to(tl.float32) * up_s, 1)
-        if DEPTH == 2:
-            g_key += up_w * add_w + up_s * add_s
-        else:
-            g_add_w = g_add_w * 0.0
-            g_add_s = g_add_s * 0.0
+        g_z2 = load_rows(g_outputs, of_chunk, 0, length, HEAD, DIM, CHUNK)
+        g_key = load_rows(g_reads, of_chunk, 0, length, HEAD, DIM, CHUNK)
+        g_add_w = tl.zeros((CHUNK,), tl.float32)
+        g_add_s = tl.zeros((CHUNK,), tl.float32)
         of_keep_w = 0.0
         of_keep_t = 0.0
         of_keep_s = 0.0
         top = 0.0
-        tl.debug_barrier()
-        for j in range(0, HIDDEN, BLOCK):
-            last = load_out(chunk_w2 + saved, j, HIDDEN, HEAD, DIM, BLOCK)
-            after_w = load_out(g_w2, j, HIDDEN, HEAD, DIM, BLOCK)
-            up = tl.dot(d2, tl.trans(after_w.to(key.dtype)), input_precision=PRECISION)
+        for unit in range(0, HIDDEN, BLOCK):
+            j = tl.multiple_of(unit + tl.load(keep + of_chunk * 4 + 3).to(tl.int32), BLOCK)
+            after = load_turned(g_w2, j, HIDDEN, HEAD, DIM, BLOCK).to(key.dtype)
+            up = tl.dot(d2, after, input_precision=PRECISION)
             g_a = up * add_w
-            if MOMENTUM:
-                after_s = load_out(g_s2, j, HIDDEN, HEAD, DIM, BLOCK)
-                up_of_s = tl.dot(d2, tl.trans(after_s.to(key.dtype)), input_precision=PRECISION)
-                g_a += up_of_s * add_s
-            g_a = tl.dot(g_z2, tl.trans(last), g_a, input_precision=PRECISION)
-            before = load_out(from_w2 + saved, j, HIDDEN, HEAD, DIM, BLOCK).to(tl.float32) + keep_w * after_w
+            a = key
             if DEPTH == 2:
-                own = load_in(chunk_w1 + saved, j, HIDDEN, HEAD, DIM, BLOCK)
-                a, slope, curvature = activate(tl.dot(key, own, input_precision=PRECISION), ACTIVATION)
-                pulled = tl.dot(d2, tl.trans(last), input_precision=PRECISION)
-                g_d1 = load_rows(g_hidden, of_chunk, j, length, HIDDEN, BLOCK, CHUNK)
-                g_d1 = g_d1.to(tl.float32)
-                g_a += load_rows(g_inputs, of_chunk, j, length, HIDDEN, BLOCK, CHUNK)
-                g_z1 = (g_a * slope + g_d1 * pulled * curvature).to(key.dtype)
-                g_key = tl.dot(g_z1, tl.trans(own), g_key, input_precision=PRECISION)
-                before = tl.dot(tl.trans((g_d1 * slope).to(key.dtype)), d2, before, input_precision=PRECISION)
-                after_w1 = load_in(g_w1, j, HIDDEN, HEAD, DIM, BLOCK)
-                before1 = load_in(from_w1 + saved, j, HIDDEN, HEAD, DIM, BLOCK).to(tl.float32) + keep_w * after_w1
-                before1 = tl.dot(tl.trans(key), g_z1, before1, input_precision=PRECISION)
-                store_in(g_w1, before1, j, HIDDEN, HEAD, DIM, BLOCK)
-                of_keep_w += tl.sum(tl.sum(after_w1 * own.to(tl.float32), 1), 0)
-                if LIMITED:
-                    top = tl.maximum(top, tl.max(tl.max(tl.abs(before1), 1), 0))
-                if MOMENTUM:
-                    past = load_in(chunk_s1 + saved, j, HIDDEN, HEAD, DIM, BLOCK).to(tl.float32)
-                    after_s1 = load_in(g_s1, j, HIDDEN, HEAD, DIM, BLOCK)
-                    of_keep_t += tl.sum(tl.sum(after_w1 * past, 1), 0)
-                    of_keep_s += tl.sum(tl.sum(after_s1 * past, 1), 0)
-                    before1 = load_in(from_s1 + saved, j, HIDDEN, HEAD, DIM, BLOCK).to(tl.float32)
-                    before1 += keep_t * after_w1 + keep_s * after_s1
-                    store_in(g_s1, before1, j, HIDDEN, HEAD, DIM, BLOCK)
-                    if LIMITED:
-                        top = tl.maximum(top, tl.max(tl.max(tl.abs(before1), 1), 0))
-                a = a.to(key.dtype)
-            else:
-                a = key
-                g_key += g_a
+                z1 = load_rows(inner, of_chunk, j, length, HIDDEN, BLOCK, CHUNK).to(tl.float32)
+                a, slope, curvature = activate(z1, ACTIVATION)
             g_add_w += tl.sum(a.to(tl.float32) * up, 1)
-            before = tl.dot(tl.trans(a), g_z2, before, input_precision=PRECISION)
-            store_out(g_w2, before, j, HIDDEN, HEAD, DIM, BLOCK)
-            of_keep_w += tl.sum(tl.sum(after_w * last.to(tl.float32), 1), 0)
-            if LIMITED:
-                top = tl.maximum(top, tl.max(tl.max(tl.abs(before), 1), 0))
             if MOMENTUM:
-                g_add_s += tl.sum(a.to(tl.float32) * up_of_s, 1)
-                past = load_out(chunk_s2 + saved, j, HIDDEN, HEAD, DIM, BLOCK).to(tl.float32)
-                of_keep_t += tl.sum(tl.sum(after_w * past, 1), 0)
+                after = load_turned(g_s2, j, HIDDEN, HEAD, DIM, BLOCK).to(key.dtype)
+                up = tl.dot(d2, after, input_precision=PRECISION)
+                g_a += up * add_s
+                g_add_s += tl.sum(a.to(tl.float32) * up, 1)
+            last = load_turned(chunk_w2 + saved, j, HIDDEN, HEAD, DIM, BLOCK)
+            g_a = tl.dot(g_z2, last, g_a, input_precision=PRECISION)
+            if DEPTH == 2:
+                g_a += load_rows(g_inputs, of_chunk, j, length, HIDDEN, BLOCK, CHUNK)
+                d1 = load_rows(pulled, of_chunk, j, length, HIDDEN, BLOCK, CHUNK).to(tl.float32)
+                g_d1 = load_rows(g_hidden, of_chunk, j, length, HIDDEN, BLOCK, CHUNK).to(tl.float32)
+                g_z1 = g_a * slope + g_d1 * d1 * curvature
+                store_rows(g_inputs, g_z1, of_chunk, j, length, HIDDEN, BLOCK, CHUNK)
+            else:
+                g_key += g_a
+        for unit in range(0, HIDDEN, BLOCK):
+            j = tl.multiple_of(unit + tl.load(keep + of_chunk * 4 + 3).to(tl.int32), BLOCK)
+            after = load_turned(g_w2, j, HIDDEN, HEAD, DIM, BLOCK)
+            last = load_turned(chunk_w2 + saved, j, HIDDEN, HEAD, DIM, BLOCK)
+            of_keep_w += tl.sum(tl.sum(after * last.to(tl.float32), 1), 0)
+            if MOMENTUM:
+                past = load_turned(chunk_s2 + saved, j, HIDDEN, HEAD, DIM, BLOCK).to(tl.float32)
+                of_keep_t += tl.sum(tl.sum(after * past, 1), 0)
+                after_s = load_turned(g_s2, j, HIDDEN, HEAD, DIM, BLOCK)
                 of_keep_s += tl.sum(tl.sum(after_s * past, 1), 0)
-                before = load_out(from_s2 + saved, j, HIDDEN, HEAD, DIM, BLOCK).to(tl.float32)
-                before += keep_t * after_w + keep_s * after_s
-                store_out(g_s2, before, j, HIDDEN, HEAD, DIM, BLOCK)
+                before = load_turned(from_s2 + saved, j, HIDDEN, HEAD, DIM, BLOCK).to(tl.float32)
+                before += keep_t * after + keep_s * after_s
+                store_turned(g_s2, before, j, HIDDEN, HEAD, DIM, BLOCK)
                 if LIMITED:
                     top = tl.maximum(top, tl.max(tl.max(tl.abs(before), 1), 0))
+            before = load_turned(from_w2 + saved, j, HIDDEN, HEAD, DIM, BLOCK).to(tl.float32) + keep_w * after
+            a = key
+            if DEPTH == 2:
+                z1 = load_rows(inner, of_chunk, j, length, HIDDEN, BLOCK, CHUNK).to(tl.float32)
+                a, slope, _ = activate(z1, ACTIVATION)
+                a = a.to(key.dtype)
+                g_d1 = load_rows(g_hidden, of_chunk, j, length, HIDDEN, BLOCK, CHUNK).to(tl.float32)
+                before = tl.dot(tl.trans(d2), (g_d1 * slope).to(key.dtype), before, input_precision=PRECISION)
+            before = tl.dot(tl.trans(g_z2), a, before, input_precision=PRECISION)
+            store_turned(g_w2, before, j, HIDDEN, HEAD, DIM, BLOCK)
+            if LIMITED:
+                top = tl.maximum(top, tl.max(tl.max(tl.abs(before), 1), 0))
+        if DEPTH == 2:
+            tl.debug_barrier()
+            for unit in range(0, HIDDEN, BLOCK):
+                j = tl.multiple_of(unit + tl.load(keep + of_chunk * 4 + 3).to(tl.int32), BLOCK)
+                own = load_in(chunk_w1 + saved, j, HIDDEN, HEAD, DIM, BLOCK)
+                g_z1 = load_rows(g_inputs, of_chunk, j, length, HIDDEN, BLOCK, CHUNK)
+                g_key = tl.dot(g_z1, tl.trans(own), g_key, input_precision=PRECISION)
+                z1 = load_rows(inner, of_chunk, j, length, HIDDEN, BLOCK, CHUNK).to(tl.float32)
+                _, slope, _ = activate(z1, ACTIVATION)
+                d1 = load_rows(pulled, of_chunk, j, length, HIDDEN, BLOCK, CHUNK).to(tl.float32)
+                d1 = (d1 * slope).to(key.dtype)
+                after = load_in(g_w1, j, HIDDEN, HEAD, DIM, BLOCK)
+                of_keep_w += tl.sum(tl.sum(after * own.to(tl.float32), 1), 0)
+                up = tl.dot(d1, tl.trans(after.to(key.dtype)), input_precision=PRECISION)
+                g_key += up * add_w
+                g_add_w += tl.sum(key.to(tl.float32) * up, 1)
+                before = load_in(from_w1 + saved, j, HIDDEN, HEAD, DIM, BLOCK).to(tl.float32) + keep_w * after
+                before = tl.dot(tl.trans(key), g_z1, before, input_precision=PRECISION)
+                store_in(g_w1, before, j, HIDDEN, HEAD, DIM, BLOCK)
+                if LIMITED:
+                    top = tl.maximum(top, tl.max(tl.max(tl.abs(before), 1), 0))
+                if MOMENTUM:
+                    past = load_in(chunk_s1 + saved, j, HIDDEN, HEAD, DIM, BLOCK).to(tl.float32)
+                    of_keep_t += tl.sum(tl.sum(after * past, 1), 0)
+                    after_s = load_in(g_s1, j, HIDDEN, HEAD, DIM, BLOCK)
+                    of_keep_s += tl.sum(tl.sum(after_s * past, 1), 0)
+                    before = load_in(from_s1 + saved, j, HIDDEN, HEAD, DIM, BLOCK).to(tl.float32)
+                    before += keep_t * after + keep_s * after_s
+                    store_in(g_s1, before, j, HIDDEN, HEAD, DIM, BLOCK)
+                    if LIMITED:
+                        top = tl.maximum(top, tl.max(tl.max(tl.abs(before), 1), 0))
+                    up = tl.dot(d1, tl.trans(after_s.to(key.dtype)), input_precision=PRECISION)
+                    g_key += up * add_s
+                    g_add_s += tl.sum(key.to(tl.float32) * up, 1)
         store_tokens(g_k, g_key, begin, length, batch, head, length_t, heads, HEAD, DIM, CHUNK)
         tl.store(g_add + of_chunk * 2 * CHUNK + r, g_add_w)
         tl.store(g_add + of_chunk * 2 * CHUNK + CHUNK + r, g_add_s)
@@ -238,9 +274,6 @@ def write_backward_kernel(
                 tl.debug_barrier()
 
 
-PART = tl.constexpr(1024)
-
-
 @triton.jit
 def move(source, sum_, size: tl.constexpr):
     """Adds `size` numbers to a sum, and leaves zeros where they were."""
@@ -253,7 +286,7 @@ def move(source, sum_, size: tl.constexpr):
 
 @triton.jit
 def squares(x, top, size: tl.constexpr):
-    """The sum of (x / top)^2: the largest first, since an exploding gradient's squares are infinite long before it is."""
+    """The sum of (x / top)^2: an exploding gradient's own squares are infinite long before it is."""
     total = tl.zeros((PART,), tl.float32)
     for j in range(0, size, PART):
         i = j + tl.arange(0, PART)

@@ -1,0 +1,38 @@
+"""Every kernel, compiled for an H100, keeps what it works with in registers and fits into shared memory."""
+
+from __future__ import annotations
+
+import pytest
+import triton
+
+from titans_kernels.ahead_of_time import Configuration, Usage, compile_ahead, configurations
+
+SHARED_BYTES = 227 * 1024  # that a block may have on an H100
+
+CONFIGURATIONS = list(configurations())
+
+
+@pytest.mark.aot
+@pytest.mark.timeout(1800)  # of all: the first has to wait until they are compiled
+@pytest.mark.parametrize("name", [c.name for c in CONFIGURATIONS])
+def test_a_kernel_fits(name: str, usages: dict[str, Usage]) -> None:
+    usage = usages[name]
+    assert (usage.spill_stores, usage.spill_loads) == (0, 0), usage
+    assert usage.shared <= SHARED_BYTES, usage
+    assert not usage.serialized, usage
+
+
+def compiled(c: Configuration, without: str = "") -> Usage:
+    signature = {name: kind for name, kind in c.signature.items() if name != without}
+    return compile_ahead(c.kernel, signature, c.constants, c.num_warps)
+
+
+def test_an_argument_without_type_is_named() -> None:
+    with pytest.raises(ValueError, match=r"\['length'\] must be arguments and have a type or a constant"):
+        compiled(CONFIGURATIONS[0], without="length")
+
+
+@pytest.mark.skipif(not triton.knobs.runtime.interpret, reason="kernels are compiled")
+def test_interpreted_kernels_are_refused() -> None:
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET"):
+        compiled(CONFIGURATIONS[0])
