@@ -72,7 +72,7 @@ def _memory_values(memory: MemoryConfig) -> None:
     ):
         if getattr(memory, name) is not None:
             one_of(key + name, getattr(memory, name), allowed)
-    one_of(key + "backend", memory.backend, ("torch", "compiled"))
+    one_of(key + "backend", memory.backend, ("auto", "triton", "torch", "compiled"))
     if memory.depth is not None:
         between(key + "depth", memory.depth, 1, 4)
     for name, low in (("expansion", 1), ("p", 1), ("q", 2), ("threshold", 0), ("global_chunk_size", 1)):

@@ -68,9 +68,10 @@ class MemoryConfig:
     """Largest norm, per sequence and head, of the gradient that the memory sends back from one group of chunks to the
     one before, as a multiple of that at its outputs, > 0: over long sequences it can explode although all outputs are
     sound. Ratios of 3 to 400 are usual. null: exact."""
-    backend: str = "torch"
-    """How it is computed: torch, or compiled, the same through torch.compile: faster, after up to a minute of
-    compiling for each shape; on CPUs that takes a C++ compiler."""
+    backend: str = "auto"
+    """How it is computed. auto: Triton kernels on NVIDIA GPUs, also for the layer around it, and torch elsewhere and
+    for what has none; triton: the kernels, or an error; torch; compiled, the same through torch.compile: faster on
+    CPUs, after up to a minute of compiling for each shape; on CPUs that takes a C++ compiler."""
     global_chunk_size: int | None = None
     """Chunk of the global memory of TNT, a multiple of chunk_size. Unset: no global memory, so no TNT."""
     shard_size: int = 2048

@@ -20,6 +20,7 @@ from titans_dist.layers.tnt import TNTMemory, TNTState
 from titans_dist.memory import MemoryState
 from titans_dist.memory.compiled import compiled
 from titans_dist.memory.grad_clip import StateGradClip
+from titans_dist.memory.kernel_choice import lacking, uses_kernels
 
 
 @dataclass
@@ -52,6 +53,7 @@ class NeuralMemory(nn.Module):
         self.memory = TNTMemory(config) if memory.is_tnt else InnerMemory(config, memory.chunk_size, memory.read)
         self.norm = HeadNorm(heads, dim, config.norm_eps)
         self.gate = linear(hidden, hidden, config.init_std)
+        self.backend = memory.backend
         is_compiled = memory.backend == "compiled"
         self._unit: Callable[..., Tensor] = compiled(_unit) if is_compiled else _unit
         self._finish: Callable[..., Tensor] = compiled(_normed_and_gated) if is_compiled else _normed_and_gated
@@ -100,8 +102,7 @@ class NeuralMemory(nn.Module):
 
     def query(self, x: Tensor, tail: Tensor, starts: Tensor | None, begin: Tensor | None) -> tuple[Tensor, Tensor]:
         """The queries of `x` alone, (B, T, H, D), and their convolution's tail."""
-        q, tail = self.q_conv(self.q(x), tail, starts, begin)
-        return self._unit(self._heads(q)), tail
+        return self._mixed(self.q_conv, self.q(x), tail, starts, begin, True)
 
     def retrieve(self, x: Tensor, q: Tensor, weights: list[Tensor]) -> Tensor:
         """What a memory that nothing is written to holds about `x` and its queries: (B, T, H, D)."""
@@ -121,19 +122,43 @@ class NeuralMemory(nn.Module):
     def _project(
         self, inputs: list[Tensor], tails: list[Tensor], starts: Tensor | None, begins: list[Tensor] | None
     ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-        found = [
-            conv(x, tail, starts, begin)
+        (q, q_tail), (k, k_tail), (v, v_tail) = (
+            self._mixed(conv, x, tail, starts, begin, unit=conv is not self.v_conv)
             for conv, x, tail, begin in zip(self._convs, inputs, tails, begins or repeat(None), strict=False)
-        ]
-        q, k, v = (self._heads(y) for y, _ in found)
-        return self._unit(q), self._unit(k), F.silu(v), [tail for _, tail in found]
+        )
+        return q, k, v, [q_tail, k_tail, v_tail]
+
+    def _mixed(
+        self, conv: CausalConv, x: Tensor, tail: Tensor, starts: Tensor | None, begin: Tensor | None, unit: bool
+    ) -> tuple[Tensor, Tensor]:
+        """SiLU of the convolution, (B, T, H, D), every head at length 1 if `unit`; and what the next token has before.
+
+        `tail` and `begin` as in `CausalConv`.
+        """
+        if self._by_kernels(x):
+            from titans_kernels.short_conv import short_conv
+
+            begin = None if starts is None else begin
+            y = short_conv(x, tail, conv.weight, self.head_dim, unit, starts, begin)
+            return y, conv.tail(x, tail, starts, begin)
+        y, tail = conv(x, tail, starts, begin)
+        y = self._heads(y)
+        return self._unit(y) if unit else F.silu(y), tail
 
     @property
     def _convs(self) -> list[CausalConv]:
         return [self.q_conv, self.k_conv, self.v_conv]
 
     def _gated(self, x: Tensor, y: Tensor) -> Tensor:
+        if self._by_kernels(y):
+            from titans_kernels.norm_gate import norm_gate
+
+            return norm_gate(y, self._heads(self.gate(x)), self.norm.weight, self.norm.eps)
         return self._finish(y, self._heads(self.gate(x)), self.norm.weight, self.norm.eps)
+
+    def _by_kernels(self, x: Tensor) -> bool:
+        may_use = self.backend in ("auto", "triton")
+        return may_use and uses_kernels(self.backend, lacking(self.backend, x.device, x.dtype))
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim))

@@ -36,12 +36,12 @@ def read(
     """x W_t for every token t: x (N, G, b, d_in), slots (N, G, d_in, d_out) -> (N, G, b, d_out)."""
     past = gates.past.unbind(-1)  # (N, G, D, b) for each slot
     if acts_on_outputs(spec, layer):
-        z = sum((gate.mT * (x @ slot) for gate, slot in zip(past, slots, strict=True)), torch.zeros(()))
+        z = sum((gate.mT * (x @ slot) for gate, slot in zip(past, slots, strict=True)), x.new_zeros(()))
         if gates.write is None:
             return z
         scores = gates.write * (x @ a.mT).unsqueeze(-3)
         return z + torch.einsum("...cti,...ic->...tc", scores, delta)
-    z = sum(((gate.mT * x) @ slot for gate, slot in zip(past, slots, strict=True)), torch.zeros(()))
+    z = sum(((gate.mT * x) @ slot for gate, slot in zip(past, slots, strict=True)), x.new_zeros(()))
     if gates.write is None:
         return z
     return z + torch.einsum("...tc,...ic,...cti->...ti", x, a, gates.write) @ delta

@@ -67,12 +67,17 @@ def dual_form(
     return torch.cat(outputs, 1), from_carry(carry, batch, heads)
 
 
+def group_chunks(chunk_size: int) -> int:
+    """Chunks of a group."""
+    return max(1, GROUP_TOKENS // chunk_size)
+
+
 def pieces(length: int, position: int, chunk_size: int) -> list[tuple[int, int, int]]:
     """(first token, chunks, tokens of each) per group: the running chunk's rest, whole chunks, what is left."""
     head = min(length, chunk_size - position) if position else 0
     pieces = [(0, 1, head)] if head else []
     whole = (length - head) // chunk_size
-    group = max(1, GROUP_TOKENS // chunk_size)
+    group = group_chunks(chunk_size)
     for first in range(0, whole, group):
         pieces.append((head + first * chunk_size, min(group, whole - first), chunk_size))
     done = head + whole * chunk_size

@@ -1,4 +1,4 @@
-"""The memory operator: checks, layout and precision around its two forms."""
+"""The memory operator: checks, layout and precision around its forms."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from torch import Tensor
 
 from titans_dist.memory.chunked import dual_form
 from titans_dist.memory.grad_clip import StateGradClip
+from titans_dist.memory.kernel_choice import lacking_for, uses_kernels
+from titans_dist.memory.kernels import kernel_form
 from titans_dist.memory.naive import recurrence
 from titans_dist.memory.network import Norm
 from titans_dist.memory.spec import MemorySpec
@@ -17,7 +19,7 @@ from titans_dist.memory.state import MemoryState, initial_state
 from titans_dist.memory.tokens import Tokens
 
 READS = ("after", "before", "start")
-BACKENDS = ("torch", "compiled", "recurrent")
+BACKENDS = ("auto", "torch", "compiled", "triton", "recurrent")
 
 
 def neural_memory(
@@ -39,7 +41,7 @@ def neural_memory(
     read: str = "after",
     recompute: bool = False,
     state_grad_clip: float | StateGradClip | None = None,
-    backend: str = "torch",
+    backend: str = "auto",
 ) -> tuple[Tensor, MemoryState]:
     """Write every (k, v) into a memory that learns at test time, and read it with q (Titans, eqs 12-18).
 
@@ -61,8 +63,9 @@ def neural_memory(
     chunks it can explode while every output is sound: the memory is then a chaotic system. A `StateGradClip` is shared
     by the calls that write one sequence.
     backend: "torch", the chunked form; "compiled", the same through torch.compile, which what is not a plain memory
-    (MLP, l2 retention or none) of whole chunks does without; "recurrent", token by token: the definition, and the form
-    for decoding.
+    (MLP, l2 retention or none) of whole chunks does without; "triton", kernels for NVIDIA GPUs, an error where there
+    are none for these arguments; "auto", "triton" where it can be had and "torch" elsewhere; "recurrent", token by
+    token: the definition, and the form for decoding.
 
     Returns y (B, T, H, D) in q's dtype, and the state after the last token in float32 (float64 for float64 inputs).
     Differentiable in every input. Raises ValueError for shapes, types or choices that do not fit.
@@ -82,17 +85,23 @@ def neural_memory(
     alpha = None if spec.retention == "none" else precise(alpha)
     eta = precise(eta) if spec.momentum else None
     delta = precise(delta) if spec.bias == "huber" else None
-    q_, k_, v_, theta_ = (x.to(accumulate) for x in (q, k, v, theta))
-    tokens = Tokens(q_, k_, v_, alpha, eta, theta_, delta, starts)
-    if norm is not None:
-        norm = (_every_row(norm[0].to(accumulate), q), _every_row(norm[1].to(accumulate), q)) if spec.residual else None
+    may_use = backend in ("auto", "triton")
+    by_kernels = may_use and uses_kernels(backend, lacking_for(backend, spec, q, chunk_size, read))
+    q_, k_, v_ = (q, k, v) if by_kernels else (q.to(accumulate), k.to(accumulate), v.to(accumulate))
+    tokens = Tokens(q_, k_, v_, alpha, eta, theta.to(accumulate), delta, starts)
+    norm = norm if spec.residual else None
+    rows = None if norm is None else (_every_row(norm[0].to(accumulate), q), _every_row(norm[1].to(accumulate), q))
     if backend == "recurrent":
-        y, after = recurrence(spec, tokens, norm, now, begin, chunk_size, read)
+        y, after = recurrence(spec, tokens, rows, now, begin, chunk_size, read)
     else:
         clip, is_own = state_grad_clip, False
         if clip is not None and not isinstance(clip, StateGradClip):
             clip, is_own = StateGradClip(clip), True
-        y, after = dual_form(spec, tokens, norm, now, begin, chunk_size, read, recompute, clip, backend == "compiled")
+        if by_kernels:
+            y, after = kernel_form(spec, tokens, norm, rows, now, begin, chunk_size, read, recompute, clip)
+        else:
+            is_compiled = backend == "compiled"
+            y, after = dual_form(spec, tokens, rows, now, begin, chunk_size, read, recompute, clip, is_compiled)
         if clip is not None and is_own:
             y, *ends = clip.results(y, *after.weights, *after.momentum)
             after = replace(after, weights=ends[: spec.depth], momentum=ends[spec.depth :])

@@ -275,7 +275,7 @@ def past_product(x: Tensor, slots: Slots, gates: Tensor) -> Tensor:
 
 def _mixed(past: Tensor, slots: Slots) -> Tensor:
     """sum_m past_m x_m for gates (G, 1, m) and slots (G, d_in, d_out)."""
-    return sum((gate.unsqueeze(-1) * x for gate, x in zip(past.unbind(-1), slots, strict=True)), torch.zeros(()))
+    return sum((gate.unsqueeze(-1) * x for gate, x in zip(past.unbind(-1), slots, strict=True)), past.new_zeros(()))
 
 
 def _solve_deltas(spec: MemorySpec, pairs: Pairs, past: Slots, before: ChunkGates) -> Tensor:

@@ -1,0 +1,69 @@
+"""Kernels that were not yet used on a device are held to the torch form once, before anything is trained by them."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from titans_dist.memory.chunked import dual_form
+from titans_dist.memory.kernels import kernel_form
+from titans_dist.memory.spec import MemorySpec
+from titans_dist.memory.state import initial_state
+from titans_dist.memory.tokens import Tokens
+
+BOUNDS = {torch.float32: 1e-3, torch.bfloat16: 0.1}
+"""Largest relative error of any output or gradient in `failed_check`: wrong kernels are far beyond, rounding is not."""
+
+
+@functools.cache
+def failed_check(
+    spec: MemorySpec, head_dim: int, chunk_size: int, read: str, dtype: torch.dtype, device: torch.device
+) -> str | None:
+    """Holds kernels that were not yet used on this device to the torch form, on two chunks and a half.
+
+    A compiler's or a driver's fault must not become a model's: returns what differs, in words, or None.
+    """
+    g = torch.Generator().manual_seed(0)
+    shape = (1, 2 * chunk_size + (chunk_size + 1) // 2, 2)
+
+    def random(*sizes: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(*sizes, generator=g) * scale).to(device)
+
+    def leaf(x: Tensor) -> Tensor:
+        return x.to(dtype).float().requires_grad_()
+
+    with torch.inference_mode(False), torch.enable_grad():
+        q, k = (leaf(F.normalize(random(*shape, head_dim), dim=-1)) for _ in range(2))
+        v = leaf(random(*shape, head_dim))
+        alpha, eta, theta = (leaf(random(*shape).sigmoid() * top) for top in (0.02, 0.9, 1 / chunk_size))
+        sizes = zip(spec.shapes(head_dim), spec.initial_std(head_dim), strict=True)
+        weights = [random(2, *size, scale=std).requires_grad_() for size, std in sizes]
+        norm = (leaf(1 + random(2, head_dim, scale=0.1)), leaf(random(2, head_dim, scale=0.1)))
+        rows = (norm[0].unsqueeze(1), norm[1].unsqueeze(1))
+        delta = leaf(random(*shape).abs() + head_dim**0.5 / 2)
+        state, given = initial_state(spec, weights, 1), norm if spec.residual else None
+        leaves = [q, k, v, theta, *weights, *(norm if spec.residual else ())]
+        leaves += [x for x, used in ((alpha, spec.retention != "none"), (eta, spec.momentum)) if used]
+
+        def results(by_kernels: bool) -> list[Tensor]:
+            q_, k_, v_ = ((x.to(dtype) if by_kernels else x) for x in (q, k, v))
+            gates = (None if spec.retention == "none" else alpha, eta if spec.momentum else None, theta)
+            tokens = Tokens(q_, k_, v_, *gates, delta if spec.bias == "huber" else None, None)
+            if by_kernels:
+                y, after = kernel_form(spec, tokens, given, rows, state, state, chunk_size, read, True, None)
+            else:
+                given_rows = rows if spec.residual else None
+                y, after = dual_form(spec, tokens, given_rows, state, state, chunk_size, read, False, None, False)
+            found = [y.float(), *after.weights, *after.momentum]
+            weighted = sum((x * torch.linspace(1, 2, x.numel(), device=device).view_as(x)).sum() for x in found)
+            assert isinstance(weighted, Tensor)
+            return [*found, *(g for g in torch.autograd.grad(weighted, leaves, allow_unused=True) if g is not None)]
+
+        pairs = zip(results(True), results(False), strict=True)
+        error = float(torch.stack([(a - b).norm() / b.norm().clamp_min(1e-6) for a, b in pairs]).max().detach())
+    if error <= BOUNDS[dtype]:
+        return None
+    return f"on this device they differ from the torch form, relative error {error:.1e}"
