@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-MODULES = ("titans_kernels.short_conv", "titans_kernels.norm_gate")
+MODULES = ("titans_kernels.short_conv", "titans_kernels.norm_gate", "titans_kernels.tune")
 
 
 @dataclass(frozen=True)

@@ -151,7 +151,7 @@ class Shape:
 
     def options(self, kernel: str) -> dict[str, object]:
         """Compile-time arguments of a kernel that all of them have, and how it is launched."""
-        launch = launch_of(kernel, self.dim, self.chunk, self.device)
+        launch = launch_of(kernel, self.depth, self.dim, self.chunk, self.device)
         block = self.dim if self.depth == 1 else launch.block
         return {
             "HEAD": self.head_dim, "HIDDEN": self.hidden, "DIM": self.dim, "BLOCK": block, "CHUNK": self.chunk,

@@ -14,10 +14,8 @@ from titans_kernels.descent import LOSSES
 from titans_kernels.gates import READS
 from titans_kernels.launch import Chunks, Inputs, Shape, backward, gates, read, write
 
-GROUP_TOKENS = 512
-"""Tokens between two states at which the adjoint may be limited."""
-LARGEST_CHUNK = 128
 LARGEST_HEAD = 128
+LARGEST_TILE = 64 * 128
 
 
 def chunked_memory(
@@ -40,6 +38,7 @@ def chunked_memory(
     loss: str = "l2",
     recompute: bool = True,
     largest: Callable[[], Tensor | None] | None = None,
+    group_size: int = 512,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Write every (k, v) into an MLP memory that learns at test time, and read it with q (Titans, eqs 12-18).
 
@@ -52,7 +51,7 @@ def chunked_memory(
     write, or at the chunk's "start". activation: "gelu", "silu", "relu" or "identity". loss: "l2", "dot" or "huber".
     recompute: keep for the backward pass one state per segment of the sequence, not one per chunk.
     largest: called in the backward pass; the largest norm (B H,) the state's adjoint may have between two groups of
-    `GROUP_TOKENS` tokens, or None.
+    `group_size` tokens, a multiple of the chunk's, or None.
 
     Returns y (B, T, H, D) in q's dtype, and weights and momentum after the last token in float32. Products have
     operands of q's dtype and float32 sums. The same inputs give the same bits. Raises ValueError for what
@@ -66,7 +65,7 @@ def chunked_memory(
         batch, length, heads, dim, weights[0].shape[-1] if len(weights) == 2 else dim, len(weights), bool(momentum),
         norm is not None, alpha is not None, loss, activation, read, chunk_size, q.dtype, q.device,
     )  # fmt: skip
-    chunks = chunk_table(starts, batch, length, chunk_size, q.device)
+    chunks = chunk_table(starts, batch, length, chunk_size, group_size, q.device)
     others = [] if starts is None or begin is None else _interleaved(*begin)
 
     def precise(x: Tensor | None) -> Tensor | None:
@@ -92,23 +91,25 @@ def unsupported(
         return f"form for memories of {depth} layers: use 1 or 2"
     if head_dim > LARGEST_HEAD:
         return f"form for heads of {head_dim} dimensions: use {LARGEST_HEAD} or fewer"
-    if chunk_size > LARGEST_CHUNK:
-        return f"form for chunks of {chunk_size} tokens: use {LARGEST_CHUNK} or fewer"
+    largest = LARGEST_TILE // (64 if head_dim <= 64 else 128)
+    if chunk_size > largest:
+        return f"form for chunks of {chunk_size} tokens of heads of {head_dim}: use chunks of {largest} or fewer"
     for name, given, known in (("activation", activation, ACTIVATIONS), ("loss", loss, LOSSES), ("read", read, READS)):
         if given not in known:
             return f"{name} {given!r}: use {', '.join(known)}"
     return None
 
 
-def chunk_table(starts: Tensor | None, batch: int, length: int, chunk_size: int, device: torch.device) -> Chunks:
+def chunk_table(
+    starts: Tensor | None, batch: int, length: int, chunk_size: int, group_size: int, device: torch.device
+) -> Chunks:
     """Chunks of `chunk_size` tokens on the sequence's grid, cut where documents start (`starts` (B, T) bool).
 
     With `starts` the host waits for the device once: how many chunks there are.
     """
-    group = max(1, GROUP_TOKENS // chunk_size) * chunk_size
     if starts is None:
         begins = torch.arange(0, length, chunk_size, dtype=torch.int32, device=device)
-        flags = ((begins > 0) & (begins % group == 0)).int() * 2
+        flags = ((begins > 0) & (begins % group_size == 0)).int() * 2
         each = (begins, (length - begins).clamp_max(chunk_size), flags)
         return Chunks(*(x.expand(batch, -1).contiguous() for x in each))
     token = torch.arange(length, dtype=torch.int32, device=device).expand(batch, -1)
@@ -120,7 +121,7 @@ def chunk_table(starts: Tensor | None, batch: int, length: int, chunk_size: int,
     begins[:, most] = length
     lengths, begins = begins.diff(dim=1), begins[:, :most].contiguous()
     resets = F.pad(starts, (0, 1)).gather(1, begins.long())
-    borders = (begins > 0) & (begins < length) & (begins % group == 0)
+    borders = (begins > 0) & (begins < length) & (begins % group_size == 0)
     return Chunks(begins, lengths, resets.int() + 2 * borders.int())
 
 

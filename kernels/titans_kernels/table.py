@@ -1,38 +1,60 @@
-"""Launch configurations: the block of hidden units, warps and pipeline stages of each kernel, per GPU."""
+"""Launch configurations: the block of hidden units and the warps of each of the memory's kernels, per GPU.
+
+`tables/sm_90.json` is what `python -m titans_kernels.tune` found: by compiling alone, or on a GPU by timing.
+"""
 
 from __future__ import annotations
 
 import functools
+import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+
+KERNELS = ("write", "read", "queries_backward", "reads_backward", "write_backward")
+TABLES = Path(__file__).parent / "tables"
+TILES = ((64, 16), (64, 32), (64, 64), (64, 128), (128, 16), (128, 32), (128, 64))
+"""Padded head dimensions and chunks: larger tiles have no place in registers."""
+SHAPES = [(depth, dim, chunk) for depth in (1, 2) for dim, chunk in TILES]
 
 
 @dataclass(frozen=True)
 class Launch:
-    """block: hidden units at a time (depth 2); warps and stages as Triton has them."""
+    """block: hidden units at a time, at depth 1 all; spilled: bytes that a thread spills in bfloat16 on this GPU."""
 
     block: int
     warps: int
     stages: int = 1
+    spilled: int = 0
 
 
-KERNELS = ("write", "read", "read_backward", "write_backward")
-DEFAULT = Launch(block=32, warps=8)
-
-# (kernel, padded head dim, padded chunk): what compiles for sm_90 without spills, see `python -m titans_kernels.tune`.
-TABLES: dict[str, dict[tuple[str, int, int], Launch]] = {"sm_90": {}}
+def launch_of(kernel: str, depth: int, dim: int, chunk: int, device: torch.device) -> Launch:
+    """The configuration for heads padded to `dim` and chunks padded to `chunk`; smaller ones have the smallest's."""
+    return table_of(_architecture(device))[kernel, depth, max(dim, 64), chunk]
 
 
-def launch_of(kernel: str, dim: int, chunk: int, device: torch.device) -> Launch:
-    """The configuration for heads padded to `dim` and chunks padded to `chunk` on this device."""
-    return TABLES[_architecture(device)].get((kernel, dim, chunk), DEFAULT)
+@functools.cache
+def table_of(architecture: str) -> dict[tuple[str, int, int, int], Launch]:
+    """Kernel, depth, dim and chunk -> configuration; of a GPU that has no table, sm_90's."""
+    path = TABLES / f"{architecture}.json"
+    entries = json.loads((path if path.exists() else TABLES / "sm_90.json").read_text())
+    return {(e.pop("kernel"), e.pop("depth"), e.pop("dim"), e.pop("chunk")): Launch(**e) for e in entries}
+
+
+def write_table(architecture: str, table: dict[tuple[str, int, int, int], Launch]) -> Path:
+    """Puts a table where `table_of` finds it."""
+    names = ("kernel", "depth", "dim", "chunk")
+    lines = [json.dumps(dict(zip(names, key, strict=True)) | vars(launch)) for key, launch in table.items()]
+    path = TABLES / f"{architecture}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("[\n" + ",\n".join(lines) + "\n]\n")
+    table_of.cache_clear()
+    return path
 
 
 @functools.cache
 def _architecture(device: torch.device) -> str:
     if device.type != "cuda":
         return "sm_90"
-    major, minor = torch.cuda.get_device_capability(device)
-    name = f"sm_{major}{minor}"
-    return name if name in TABLES else "sm_90"
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))

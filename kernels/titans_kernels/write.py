@@ -32,8 +32,8 @@ def write_kernel(
     """Chunks [first, first + count) of every row. k, v (B, T, H, HEAD); limit (B, T, H); gain, bias (H, HEAD).
 
     w1 (B H, HEAD, HIDDEN), w2 (B H, HIDDEN, HEAD), s1, s2: the state, changed in place; begin_*: what documents begin
-    with. chunk_* (B H, count, ...): each chunk's start. outputs, descents (B H, count, CHUNK, HEAD): z of the last layer
-    at the keys, and -dl/dz.
+    with. chunk_* (B H, count, ...): each chunk's start. outputs, descents (B H, count, CHUNK, HEAD): the last z of the
+    keys, and -dl/dz there.
     """
     row = tl.program_id(0).to(tl.int64)
     batch, head = row // heads, row % heads

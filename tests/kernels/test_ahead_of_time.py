@@ -6,8 +6,7 @@ import pytest
 import triton
 
 from titans_kernels.ahead_of_time import Configuration, Usage, compile_ahead, configurations
-
-SHARED_BYTES = 227 * 1024  # that a block may have on an H100
+from titans_kernels.tune import SHARED_BYTES
 
 CONFIGURATIONS = list(configurations())
 

@@ -1,0 +1,368 @@
+"""The write pass backward with the state's adjoint in registers: `write_backward_kernel` for Hopper, depth 2.
+
+As in `write_resident_kernel` one program of two warpgroups takes one row, and products have their operands in shared
+memory. What the gradient of gradients needs of a chunk's hidden units goes by in parts of 64.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+# ruff: noqa: SIM102  (Triton works out both sides of `and`)
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import product
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma
+
+from titans_kernels.activation import activate
+from titans_kernels.ahead_of_time import Configuration
+from titans_kernels.descent import descend_back
+from titans_kernels.write import BORDER, RESET
+from titans_kernels.write_resident import _at, _copy_tokens, _unknown_zero
+
+WARPS = 8
+
+
+def supports(dtype: torch.dtype, head: int, hidden: int, depth: int, chunk: int) -> bool:
+    """Whether `write_backward_resident_kernel` has a form for this; `chunk` is what tiles are padded to."""
+    return dtype == torch.bfloat16 and chunk == 64 and head == 64 and hidden in (64, 128) and depth == 2
+
+
+@gluon.jit
+def _tile_at(zero, j, ROWS: gl.constexpr, COLUMNS: gl.constexpr, WIDTH: gl.constexpr, layout: gl.constexpr):
+    """Where columns [j, j + COLUMNS) of a (ROWS, WIDTH) tile are."""
+    r = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout)) + zero
+    c = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, layout)) + j
+    return r[:, None] * WIDTH + c[None, :]
+
+
+@gluon.jit
+def _copy_tile(shared, x, zero, ROWS: gl.constexpr, WIDTH: gl.constexpr, layout: gl.constexpr):
+    """Starts to copy the (ROWS, WIDTH) tile at x."""
+    async_copy.async_copy_global_to_shared(shared, x + _at(zero, ROWS, WIDTH, layout))
+
+
+@gluon.jit
+def _inner_product(x, y):
+    return gl.sum(gl.sum(x * y, 1), 0)
+
+
+@gluon.jit
+def _largest(x):
+    return gl.max(gl.max(gl.abs(x), 1), 0)
+
+
+@gluon.jit
+def _shortened(x, norm, most):
+    """x / norm * most, and zero where that is not a number."""
+    x = x / norm * most
+    return gl.where(x == x, x, 0.0)
+
+
+@gluon.jit
+def write_backward_resident_kernel(
+    k, v, limit, outputs, descents, begins, lengths, flags, add, keep, gain, bias, largest,
+    chunk_w1, chunk_s1, chunk_w2, chunk_s2, from_w1, from_s1, from_w2, from_s2,
+    g_w1, g_s1, g_w2, g_s2, g_begin_w1, g_begin_s1, g_begin_w2, g_begin_s2,
+    g_reads, g_k, g_v, g_limit, g_descents, g_outputs, inner, pulled, g_inputs, g_hidden, g_add, g_keep, g_gain, g_bias,
+    length_t, heads, chunks, first, count,
+    HEAD: gl.constexpr, HIDDEN: gl.constexpr, DIM: gl.constexpr, BLOCK: gl.constexpr, CHUNK: gl.constexpr,
+    DEPTH: gl.constexpr, MOMENTUM: gl.constexpr, RESIDUAL: gl.constexpr, LOSS: gl.constexpr,
+    ACTIVATION: gl.constexpr, STARTS: gl.constexpr, LIMITED: gl.constexpr, PRECISION: gl.constexpr,
+):  # fmt: skip
+    """Arguments as of `write_backward_kernel`. BLOCK and PRECISION are not used, and none of the reads' parts is
+    written over.
+    """
+    gl.static_assert(gl.num_warps() == 8 and CHUNK == 64 and DIM == 64 and HEAD == 64 and DEPTH == 2)
+    PART: gl.constexpr = 64
+    ROWS: gl.constexpr = 16
+    bf16: gl.constexpr = gl.bfloat16
+    f32: gl.constexpr = gl.float32
+    of_in: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, HIDDEN // 2, 16])
+    part: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, PART // 2, 16])  # (CHUNK, HEAD) also
+    of_out: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, HEAD, 16]) if HIDDEN == 128 else part
+    head_rows: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [8, 1], [1, 0])
+    in_rows: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HIDDEN, HIDDEN // 8], [8, 1], [1, 0])
+    few: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [8, 1], [1, 0])
+    swizzled: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    keys = gl.allocate_shared_memory(bf16, [1, CHUNK, HEAD], swizzled)
+    downs = gl.allocate_shared_memory(bf16, [1, CHUNK, HEAD], swizzled)
+    g_ups = gl.allocate_shared_memory(bf16, [1, CHUNK, HEAD], swizzled)
+    staged = gl.allocate_shared_memory(f32, [1, CHUNK, HEAD], gl.NVMMASharedLayout(128, 32, 2))
+    units = gl.allocate_shared_memory(bf16, [1, CHUNK, HIDDEN], swizzled)
+    pulls = gl.allocate_shared_memory(bf16, [1, CHUNK, HIDDEN], swizzled)
+    g_pulls = gl.allocate_shared_memory(bf16, [1, CHUNK, HIDDEN], swizzled)
+    g_units = gl.allocate_shared_memory(bf16, [1, CHUNK, HIDDEN], swizzled)
+    operands_w1 = gl.allocate_shared_memory(bf16, [1, HEAD, HIDDEN], swizzled)
+    operands_w2 = gl.allocate_shared_memory(bf16, [1, HIDDEN, HEAD], swizzled)
+    g_operands_w1 = gl.allocate_shared_memory(bf16, [1, HEAD, HIDDEN], swizzled)
+    g_operands_w2 = gl.allocate_shared_memory(bf16, [1, HIDDEN, HEAD], swizzled)
+    if MOMENTUM:
+        g_operands_s1 = gl.allocate_shared_memory(bf16, [1, HEAD, HIDDEN], swizzled)
+        g_operands_s2 = gl.allocate_shared_memory(bf16, [1, HIDDEN, HEAD], swizzled)
+
+    row = gl.program_id(0).to(gl.int64)
+    batch, head = row // heads, row % heads
+    size: gl.constexpr = HEAD * HIDDEN
+    own = batch * length_t * heads + head
+    k += own * HEAD
+    v += own * HEAD
+    g_k += own * HEAD
+    g_v += own * HEAD
+    n = batch * chunks + first + count - 1
+    begin = gl.load(begins + n)
+    length = gl.load(lengths + n)
+    zero = _unknown_zero(length)
+    of_chunk = row * count + count - 1
+    _copy_tokens(keys.index(zero), k, begin, length, heads, zero, HEAD, CHUNK, head_rows)
+    _copy_tokens(
+        downs.index(zero), descents + of_chunk * (CHUNK * HEAD), begin * 0, length, 1, zero, HEAD, CHUNK, head_rows
+    )
+    _copy_tile(operands_w1.index(zero), chunk_w1 + of_chunk * size, zero, HEAD, HIDDEN, in_rows)
+    _copy_tile(operands_w2.index(zero), chunk_w2 + of_chunk * size, zero, HIDDEN, HEAD, head_rows)
+    async_copy.commit_group()
+    G1 = gl.load(g_w1 + row * size + _at(zero, HEAD, HIDDEN, of_in))
+    G2 = gl.load(g_w2 + row * size + _at(zero, HIDDEN, HEAD, of_out))
+    if MOMENTUM:
+        H1 = gl.load(g_s1 + row * size + _at(zero, HEAD, HIDDEN, of_in))
+        H2 = gl.load(g_s2 + row * size + _at(zero, HIDDEN, HEAD, of_out))
+
+    for back in range(count):
+        zero = _unknown_zero(length)
+        key, d2, g_z2, stage = keys.index(zero), downs.index(zero), g_ups.index(zero), staged.index(zero)
+        a, d1, g_pulled, g_d1 = units.index(zero), pulls.index(zero), g_pulls.index(zero), g_units.index(zero)
+        w1_now, w2_now = operands_w1.index(zero), operands_w2.index(zero)
+        g_w1_now, g_w2_now = g_operands_w1.index(zero), g_operands_w2.index(zero)
+        of_chunk = row * count + count - 1 - back
+        saved = of_chunk * size
+        hidden = of_chunk * (CHUNK * HIDDEN)
+        tokens = of_chunk * (CHUNK * HEAD)
+        g_w1_now.store(G1.to(bf16))
+        g_w2_now.store(G2.to(bf16))
+        if MOMENTUM:
+            g_s1_now, g_s2_now = g_operands_s1.index(zero), g_operands_s2.index(zero)
+            g_s1_now.store(H1.to(bf16))
+            g_s2_now.store(H2.to(bf16))
+        r = gl.arange(0, CHUNK, layout=gl.SliceLayout(1, part)) + zero
+        valid = (r < length)[:, None]
+        add_w = gl.load(add + of_chunk * 2 * CHUNK + r)[:, None]
+        add_s = gl.load(add + of_chunk * 2 * CHUNK + CHUNK + r)[:, None]
+        async_copy.wait_group(0)
+        fence_async_shared()
+        gl.barrier()
+
+        # Up: what the update asks of the inputs and descents of each layer, and through these of the last descent.
+        for j in gl.static_range(0, HIDDEN, PART):
+            at = hidden + _tile_at(zero, j, CHUNK, PART, HIDDEN, part)
+            g = warpgroup_mma(key, g_w1_now.slice(j, PART, 1), gl.zeros([CHUNK, PART], f32, part)) * add_w
+            if MOMENTUM:
+                g += warpgroup_mma(key, g_s1_now.slice(j, PART, 1), gl.zeros([CHUNK, PART], f32, part)) * add_s
+            g += gl.load(g_hidden + at, mask=valid, other=0.0).to(f32)
+            g_d1.slice(j, PART, 1).store(g.to(bf16))
+            active, slope, _ = activate(gl.load(inner + at, mask=valid, other=0.0).to(f32), ACTIVATION)
+            a.slice(j, PART, 1).store(active.to(bf16))
+            g_pulled.slice(j, PART, 1).store((g * slope).to(bf16))
+            d1.slice(j, PART, 1).store((gl.load(pulled + at, mask=valid, other=0.0).to(f32) * slope).to(bf16))
+        fence_async_shared()
+        at = _at(zero, CHUNK, HEAD, part)
+        g = warpgroup_mma(a, g_w2_now, gl.zeros([CHUNK, HEAD], f32, part)) * add_w
+        if MOMENTUM:
+            g += warpgroup_mma(a, g_s2_now, gl.zeros([CHUNK, HEAD], f32, part)) * add_s
+        g += gl.load(g_descents + tokens + at, mask=valid, other=0.0)
+        stage.store(warpgroup_mma(g_pulled, w2_now, g))
+
+        # Through the descent at the output, a few tokens at a time: it needs a dozen tiles at once.
+        c = gl.arange(0, HEAD, layout=gl.SliceLayout(0, few)) + zero
+        inside = (c >= 0)[None, :]
+        gains = c * 0.0
+        biases = c * 0.0
+        if RESIDUAL:
+            gains = gl.load(gain + head * HEAD + c)
+            biases = gl.load(bias + head * HEAD + c)
+        of_gain = gl.zeros([ROWS, HEAD], f32, few)
+        of_bias = gl.zeros([ROWS, HEAD], f32, few)
+        for i in gl.static_range(0, CHUNK, ROWS):
+            few_r = gl.arange(0, ROWS, layout=gl.SliceLayout(1, few)) + (i + zero)
+            few_valid = (few_r < length)[:, None]
+            token = begin.to(gl.int64) * heads * HEAD + (few_r[:, None] * (heads * HEAD) + c[None, :])
+            far = few_r * 0.0
+            if LOSS == "huber":
+                far = gl.load(limit + own + (begin + few_r) * heads, mask=few_r < length, other=1.0)
+            g_z, g_f, g_value, g_far, part_of_gain, part_of_bias = descend_back(
+                stage.slice(i, ROWS, 0).load(few),
+                gl.load(outputs + tokens + (few_r[:, None] * HEAD + c[None, :]), mask=few_valid, other=0.0),
+                key.slice(i, ROWS, 0).load(few).to(f32),
+                gl.load(v + token, mask=few_valid, other=0.0).to(f32),
+                far, gains, biases, inside, HEAD, RESIDUAL, LOSS,
+            )  # fmt: skip
+            g_z2.slice(i, ROWS, 0).store(gl.where(few_valid, g_z, 0.0).to(bf16))
+            gl.store(g_v + token, g_value, mask=few_valid)
+            if LOSS == "huber":
+                gl.store(g_limit + own + (begin + few_r) * heads, g_far, mask=few_r < length)
+            if RESIDUAL:
+                stage.slice(i, ROWS, 0).store(g_f)
+                of_gain += gl.where(few_valid, part_of_gain, 0.0)
+                of_bias += gl.where(few_valid, part_of_bias, 0.0)
+        if RESIDUAL:
+            sums = of_chunk * HEAD + c
+            gl.store(g_gain + sums, gl.load(g_gain + sums) + gl.sum(of_gain, 0))
+            gl.store(g_bias + sums, gl.load(g_bias + sums) + gl.sum(of_bias, 0))
+        fence_async_shared()
+
+        # Down: through the network.
+        g_add_w = r * 0.0
+        g_add_s = r * 0.0
+        for j in gl.static_range(0, HIDDEN, PART):
+            at = hidden + _tile_at(zero, j, CHUNK, PART, HIDDEN, part)
+            z1 = gl.load(inner + at, mask=valid, other=0.0).to(f32)
+            active, slope, curvature = activate(z1, ACTIVATION)
+            up = warpgroup_mma(d2, g_w2_now.slice(j, PART, 0).permute((1, 0)), gl.zeros([CHUNK, PART], f32, part))
+            g_a = up * add_w
+            g_add_w += gl.sum(active * up, 1)
+            if MOMENTUM:
+                up = warpgroup_mma(d2, g_s2_now.slice(j, PART, 0).permute((1, 0)), gl.zeros([CHUNK, PART], f32, part))
+                g_a += up * add_s
+                g_add_s += gl.sum(active * up, 1)
+            g_a = warpgroup_mma(g_z2, w2_now.slice(j, PART, 0).permute((1, 0)), g_a)
+            g_a += gl.load(g_inputs + at, mask=valid, other=0.0).to(f32)
+            g = g_d1.slice(j, PART, 1).load(part).to(f32)
+            g *= gl.load(pulled + at, mask=valid, other=0.0).to(f32)
+            g_d1.slice(j, PART, 1).store((g_a * slope + g * curvature).to(bf16))
+        fence_async_shared()
+        at = _at(zero, CHUNK, HEAD, part)
+        g_key = gl.load(g_reads + tokens + at, mask=valid, other=0.0)
+        if RESIDUAL:
+            g_key += stage.load(part)
+        x = key.load(part).to(f32)
+        up = warpgroup_mma(d1, g_w1_now.permute((1, 0)), gl.zeros([CHUNK, HEAD], f32, part))
+        g_key += up * add_w
+        g_add_w += gl.sum(x * up, 1)
+        if MOMENTUM:
+            up = warpgroup_mma(d1, g_s1_now.permute((1, 0)), gl.zeros([CHUNK, HEAD], f32, part))
+            g_key += up * add_s
+            g_add_s += gl.sum(x * up, 1)
+        g_key = warpgroup_mma(g_d1, w1_now.permute((1, 0)), g_key)
+        c = gl.arange(0, HEAD, layout=gl.SliceLayout(0, part))
+        token = begin.to(gl.int64) * heads * HEAD + (r[:, None] * (heads * HEAD) + c[None, :])
+        gl.store(g_k + token, g_key, mask=valid)
+        gl.store(g_add + of_chunk * 2 * CHUNK + r, g_add_w)
+        gl.store(g_add + of_chunk * 2 * CHUNK + CHUNK + r, g_add_s)
+
+        # Into the adjoint of the state the chunk began with.
+        keep_w = gl.load(keep + of_chunk * 4)
+        keep_t = gl.load(keep + of_chunk * 4 + 1)
+        keep_s = gl.load(keep + of_chunk * 4 + 2)
+        at_in = saved + _at(zero, HEAD, HIDDEN, of_in)
+        at_out = saved + _at(zero, HIDDEN, HEAD, of_out)
+        gl.store(
+            g_keep + of_chunk * 4,
+            _inner_product(G1, w1_now.load(of_in).to(f32)) + _inner_product(G2, w2_now.load(of_out).to(f32)),
+        )
+        of_keep_t = 0.0
+        of_keep_s = 0.0
+        if MOMENTUM:
+            past = gl.load(chunk_s1 + at_in).to(f32)
+            of_keep_t = _inner_product(G1, past)
+            of_keep_s = _inner_product(H1, past)
+            past = gl.load(chunk_s2 + at_out).to(f32)
+            of_keep_t += _inner_product(G2, past)
+            of_keep_s += _inner_product(H2, past)
+            H1 = gl.load(from_s1 + at_in).to(f32) + keep_t * G1 + keep_s * H1
+            H2 = gl.load(from_s2 + at_out).to(f32) + keep_t * G2 + keep_s * H2
+        gl.store(g_keep + of_chunk * 4 + 1, of_keep_t)
+        gl.store(g_keep + of_chunk * 4 + 2, of_keep_s)
+        G1 = warpgroup_mma(key.permute((1, 0)), g_d1, gl.load(from_w1 + at_in).to(f32) + keep_w * G1)
+        G2 = warpgroup_mma(g_pulled.permute((1, 0)), d2, gl.load(from_w2 + at_out).to(f32) + keep_w * G2)
+        G2 = warpgroup_mma(a.permute((1, 0)), g_z2, G2)
+
+        n = batch * chunks + first + count - 1 - back
+        flag = gl.load(flags + n)
+        n = batch * chunks + first + max(count - 2 - back, 0)
+        begin = gl.load(begins + n)
+        length = gl.load(lengths + n)
+        of_chunk = row * count + max(count - 2 - back, 0)
+        _copy_tokens(key, k, begin, length, heads, zero, HEAD, CHUNK, head_rows)
+        _copy_tokens(d2, descents + of_chunk * (CHUNK * HEAD), begin * 0, length, 1, zero, HEAD, CHUNK, head_rows)
+        _copy_tile(w1_now, chunk_w1 + of_chunk * size, zero, HEAD, HIDDEN, in_rows)
+        _copy_tile(w2_now, chunk_w2 + of_chunk * size, zero, HIDDEN, HEAD, head_rows)
+        async_copy.commit_group()
+        if STARTS:
+            if (flag & RESET) != 0:
+                at_in = row * size + _at(zero, HEAD, HIDDEN, of_in)
+                at_out = row * size + _at(zero, HIDDEN, HEAD, of_out)
+                gl.store(g_begin_w1 + at_in, gl.load(g_begin_w1 + at_in) + G1)
+                gl.store(g_begin_w2 + at_out, gl.load(g_begin_w2 + at_out) + G2)
+                G1 = gl.zeros([HEAD, HIDDEN], f32, of_in)
+                G2 = gl.zeros([HIDDEN, HEAD], f32, of_out)
+                if MOMENTUM:
+                    gl.store(g_begin_s1 + at_in, gl.load(g_begin_s1 + at_in) + H1)
+                    gl.store(g_begin_s2 + at_out, gl.load(g_begin_s2 + at_out) + H2)
+                    H1 = gl.zeros([HEAD, HIDDEN], f32, of_in)
+                    H2 = gl.zeros([HIDDEN, HEAD], f32, of_out)
+        if LIMITED:
+            if (flag & BORDER) != 0:
+                # The largest first: an exploding gradient's own squares are infinite long before it is.
+                top = gl.maximum(_largest(G1), _largest(G2))
+                if MOMENTUM:
+                    top = gl.maximum(top, gl.maximum(_largest(H1), _largest(H2)))
+                top = gl.maximum(top, 1.1754943508222875e-38)
+                square = _inner_product(G1 / top, G1 / top) + _inner_product(G2 / top, G2 / top)
+                if MOMENTUM:
+                    square += _inner_product(H1 / top, H1 / top) + _inner_product(H2 / top, H2 / top)
+                norm = top * gl.sqrt(square)
+                most = gl.load(largest + row)
+                if not norm <= most:
+                    G1 = _shortened(G1, norm, most)
+                    G2 = _shortened(G2, norm, most)
+                    if MOMENTUM:
+                        H1 = _shortened(H1, norm, most)
+                        H2 = _shortened(H2, norm, most)
+
+    async_copy.wait_group(0)
+    zero = _unknown_zero(length)
+    gl.store(g_w1 + row * size + _at(zero, HEAD, HIDDEN, of_in), G1)
+    gl.store(g_w2 + row * size + _at(zero, HIDDEN, HEAD, of_out), G2)
+    if MOMENTUM:
+        gl.store(g_s1 + row * size + _at(zero, HEAD, HIDDEN, of_in), H1)
+        gl.store(g_s2 + row * size + _at(zero, HIDDEN, HEAD, of_out), H2)
+
+
+SIZES = (("x1", 64), ("x2", 128))
+OPTIONS: tuple[tuple[str, dict[str, object]], ...] = (
+    ("l2", {}),
+    ("huber documents limited", {"LOSS": "huber", "STARTS": True, "LIMITED": True}),
+    ("no momentum", {"MOMENTUM": False}),
+    ("no norm dot silu", {"RESIDUAL": False, "LOSS": "dot", "ACTIVATION": "silu"}),
+)
+
+
+def configurations() -> Iterator[Configuration]:
+    """Every size `supports` knows, with gelu, momentum and norm but where the name says otherwise."""
+    for (size, hidden), (name, options) in product(SIZES, OPTIONS):
+        constants: dict[str, object] = {
+            "HEAD": 64, "HIDDEN": hidden, "DIM": 64, "BLOCK": 32, "CHUNK": 64, "DEPTH": 2, "MOMENTUM": True,
+            "RESIDUAL": True, "LOSS": "l2", "ACTIVATION": "gelu", "STARTS": False, "LIMITED": False,
+            "PRECISION": "tf32", **options,
+        }  # fmt: skip
+        slots = [x + y for x in ("ws" if constants["MOMENTUM"] else "w") for y in "12"]
+        halves = ["k", "v", "descents", "g_k", "g_v", "g_outputs", "inner", "pulled", "g_inputs", "g_hidden"]
+        types = dict.fromkeys([*halves, *(f"{kind}_{x}" for x in slots for kind in ("chunk", "from"))], "*bf16")
+        sums = ["outputs", "add", "keep", "g_reads", "g_descents", "g_add", "g_keep"]
+        types |= dict.fromkeys([*sums, *(f"g_{x}" for x in slots)], "*fp32")
+        types |= dict.fromkeys(["begins", "lengths", "flags"], "*i32")
+        types |= dict.fromkeys(["length_t", "heads", "chunks", "first", "count"], "i32")
+        if constants["STARTS"]:
+            types |= {f"g_begin_{x}": "*fp32" for x in slots}
+        if constants["RESIDUAL"]:
+            types |= dict.fromkeys(["gain", "bias", "g_gain", "g_bias"], "*fp32")
+        if constants["LOSS"] == "huber":
+            types |= {"limit": "*fp32", "g_limit": "*fp32"}
+        if constants["LIMITED"]:
+            types["largest"] = "*fp32"
+        kernel = write_backward_resident_kernel
+        constants |= dict.fromkeys(x for x in kernel.arg_names if x not in types and x not in constants)
+        yield Configuration(f"write_backward_resident {size} {name}", kernel, types, constants, WARPS)
