@@ -1,24 +1,25 @@
 """The memory by itself, forward and backward, beside what else can be installed: speed, semantics, growth with T.
 
     python benchmarks/operator.py [--length 512] [--chunk-size 16] [--heads 4] [--head-dim 32] [--device cpu] [...]
+    python benchmarks/operator.py --peers [--layers 2] [--segment 128] [--vocabulary 256] [...]
 
 Three tables: the layer beside titans-pytorch's; forms of the operator beside flash-linear-attention's references; time
-per token and peak memory as the sequence grows. Rivals take turns within each run, so that a busy machine slows all of
-them. Peers come with `pip install "titans-dist[peers]"`; without them their rows say so.
+per token and peak memory as the sequence grows. With --peers instead: the layer, and whole training steps (see
+whole_step.py), beside titans-pytorch's. Rivals take turns within each run, so that a busy machine slows all of them.
+Peers come with `pip install "titans-dist[peers]"`; without them their rows say so.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import statistics
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from timing import show, spread, taking_turns
+import whole_step
+from timing import Call, compare, show, taking_turns
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -28,7 +29,6 @@ from titans_dist.layers.mixers import build_mixer
 from titans_dist.layers.parameter import Parameter, initial_value
 from titans_dist.memory import MemorySpec, neural_memory
 
-Call = Callable[[], object]
 LENGTHS = (2048, 4096, 8192, 16384)
 
 # torch.compile starts Python processes with this one's path, where this file must not stand in for Python's `operator`.
@@ -60,21 +60,16 @@ def layer(args: argparse.Namespace, backend: str = "torch") -> Call:
 
 def titans_pytorch_layer(args: argparse.Namespace, exact: bool) -> Call:
     """Its NeuralMemory of the same sizes; `exact`: the gradient's chunk is the update's, as in the paper."""
-    from titans_pytorch import MemoryMLP, NeuralMemory
+    from titans_pytorch import NeuralMemory
 
     module = NeuralMemory(
         dim=args.heads * args.head_dim,
-        heads=args.heads,
-        dim_head=args.head_dim,
         chunk_size=args.chunk_size,
         batch_size=args.chunk_size if exact else None,
-        model=MemoryMLP(dim=args.head_dim, depth=args.depth, expansion_factor=float(args.expansion)),
+        model=whole_step.their_network(args),
+        **whole_step.their_options(args),
     )
-    for part in module.modules():  # with several heads its parameters are views that cannot be trained
-        for name, value in list(part._parameters.items()):
-            if value is not None:
-                part._parameters[name] = nn.Parameter(value.detach().clone().contiguous())
-    return trained(module.to(args.device), args)
+    return trained(whole_step.own_parameters(module).to(args.device), args)
 
 
 def trained(module: nn.Module, args: argparse.Namespace) -> Call:
@@ -171,27 +166,6 @@ def fla_titans_linear(args: argparse.Namespace) -> Call:
     return call
 
 
-def compare(
-    title: str, args: argparse.Namespace, rivals: dict[str, tuple[str | None, Callable[[], Call], str]]
-) -> None:
-    """One table: name -> (package it needs, how to make its call, what it computes). The first is the unit of speed."""
-    calls, rows = {}, []
-    for name, (package, make, _) in rivals.items():
-        if package is None or importlib.util.find_spec(package) is not None:
-            calls[name] = make()
-    times = taking_turns(list(calls.values()), args.runs)
-    medians = {name: statistics.median(t) for name, t in zip(calls, times, strict=True)}
-    by_name = dict(zip(calls, times, strict=True))
-    base = medians[next(iter(rivals))]
-    for name, (package, _, semantics) in rivals.items():
-        if name not in by_name:
-            rows.append([name, f"{package} is not installed", "", "", semantics])
-            continue
-        tokens = args.batch * args.length / medians[name]
-        rows.append([name, spread(by_name[name], 1e-3), f"{tokens:,.0f}", f"{medians[name] / base:.2f}x", semantics])
-    show(title, ["", f"ms, median of {args.runs} (min .. max)", "tokens/s", "time", "computes"], rows)
-
-
 def sizes(args: argparse.Namespace) -> str:
     return (
         f"batch {args.batch}, T {args.length}, {args.heads} heads of {args.head_dim}, depth {args.depth}, expansion "
@@ -204,7 +178,6 @@ def layers_table(args: argparse.Namespace) -> None:
     exact = "every token's write, per-token reads, momentum and decay per token"
     compare(
         f"Memory layer, forward + backward: {sizes(args)}",
-        args,
         {
             "titans_dist": (None, lambda: layer(args), exact),
             "titans_dist, backend=compiled": (None, lambda: layer(args, "compiled"), "the same"),
@@ -219,7 +192,18 @@ def layers_table(args: argparse.Namespace) -> None:
                 "all gradients at the memory before the sequence: not the recurrence",
             ),
         },
+        args.batch * args.length,
+        args.runs,
     )
+
+
+def steps_tables(args: argparse.Namespace) -> None:
+    """Whole training steps beside titans-pytorch's."""
+    model, tokens = f"{args.layers} blocks, vocabulary {args.vocabulary}", args.batch * args.length
+    title = f"Whole training step, memory alone: {model}, {sizes(args)}"
+    compare(title, whole_step.alone(args), tokens, args.runs)
+    title = f"Whole training step, memory as context: segments of {args.segment}, {model}, {sizes(args)}"
+    compare(title, whole_step.as_context(args), tokens, args.runs)
 
 
 def operators_table(args: argparse.Namespace) -> None:
@@ -228,7 +212,6 @@ def operators_table(args: argparse.Namespace) -> None:
     matrix = MemorySpec(depth=1)
     compare(
         f"Memory operator, forward + backward: {sizes(args)}",
-        args,
         {
             "chunked": (None, lambda: operator(args, titans), "Titans, exact"),
             "chunked, recompute": (None, lambda: operator(args, titans, recompute=True), "the same"),
@@ -243,6 +226,8 @@ def operators_table(args: argparse.Namespace) -> None:
             "gated delta rule": (None, lambda: operator(args, delta), "Gated DeltaNet, exact"),
             "fla gated delta reference": ("fla", lambda: fla_gated_delta_rule(args), "Gated DeltaNet, exact"),
         },
+        args.batch * args.length,
+        args.runs,
     )
 
 
@@ -296,14 +281,21 @@ def peak_bytes(call: Call) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("batch", 2), ("length", 512), ("heads", 4), ("head-dim", 32), ("depth", 2),
-                          ("expansion", 4), ("chunk-size", 16), ("threads", 1), ("runs", 9)):  # fmt: skip
+                          ("expansion", 4), ("chunk-size", 16), ("threads", 1), ("runs", 9),
+                          ("layers", 2), ("segment", 128), ("vocabulary", 256)):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument(
+        "--peers", action="store_true", help="the layer and whole steps beside titans-pytorch's, no more"
+    )
     parser.add_argument("--lengths", type=int, nargs="*", default=LENGTHS, help="T of the growth table")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--recompute", action="store_true", help="keep only some states for the backward pass")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     layers_table(args)
+    if args.peers:
+        steps_tables(args)
+        return
     operators_table(args)
     if args.lengths:
         growth_table(args)

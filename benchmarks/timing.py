@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
 import statistics
@@ -11,6 +12,10 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+
+Call = Callable[[], object]
+Rival = tuple[str | None, Callable[[], Call], str]
+"""The package it needs, how to make its call, and what it computes."""
 
 
 def seconds(call: Callable[[], object], runs: int = 5, warmup: int = 2) -> list[float]:
@@ -42,6 +47,26 @@ def taking_turns(calls: Sequence[Callable[[], object]], runs: int = 5, warmup: i
 def spread(times: Sequence[float], unit: float = 1.0) -> str:
     """Median with smallest and largest, in units of `unit` seconds."""
     return f"{statistics.median(times) / unit:,.1f} ({min(times) / unit:,.1f} .. {max(times) / unit:,.1f})"
+
+
+def compare(title: str, rivals: dict[str, Rival], tokens: int, runs: int) -> None:
+    """One table of rivals, each call of which is `tokens` tokens; the first is the unit of time."""
+    calls = {
+        name: make()
+        for name, (package, make, _) in rivals.items()
+        if package is None or importlib.util.find_spec(package) is not None
+    }
+    times = dict(zip(calls, taking_turns(list(calls.values()), runs), strict=True))
+    base = statistics.median(times[next(iter(rivals))])
+    rows = []
+    for name, (package, _, semantics) in rivals.items():
+        if name not in times:
+            rows.append([name, f"{package} is not installed", "", "", semantics])
+            continue
+        median = statistics.median(times[name])
+        speed = f"{tokens / median:,.0f}"
+        rows.append([name, spread(times[name], 1e-3), speed, f"{median / base:.2f}x", semantics])
+    show(title, ["", f"ms, median of {runs} (min .. max)", "tokens/s", "time", "computes"], rows)
 
 
 def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -32,7 +32,7 @@ class Configuration:
     """A kernel with all that its machine code depends on; a module's `configurations()` yields those it launches.
 
     signature: the type of each argument that is no constant, "*bf16" or "i32"; divisible: integers known to be
-    multiples of 16, as pointers always are.
+    multiples of 16, as pointers always are; most_spilled: bytes that it is known to spill, and may.
     """
 
     name: str
@@ -42,6 +42,7 @@ class Configuration:
     num_warps: int
     num_stages: int = 1
     divisible: frozenset[str] = frozenset()
+    most_spilled: int = 0
 
 
 @dataclass(frozen=True)

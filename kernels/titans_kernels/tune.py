@@ -63,7 +63,7 @@ def configuration(kernel: str, depth: int, dim: int, chunk: int, launch: Launch,
     signature = {name: type_of(name) for name in program.arg_names if name not in constants}
     chosen = " ".join(f"{name.lower()}={value}" for name, value in choices.items())
     name = f"{kernel} depth {depth} dim {dim} chunk {chunk} {chosen}".rstrip()
-    return Configuration(name, program, signature, constants, launch.warps, launch.stages)
+    return Configuration(name, program, signature, constants, launch.warps, launch.stages, most_spilled=launch.spilled)
 
 
 def configurations() -> Iterator[Configuration]:
@@ -76,7 +76,8 @@ def configurations() -> Iterator[Configuration]:
     ]  # fmt: skip
     for kernel, choice in itertools.product(KERNELS, others):
         if set(choice) <= set(PROGRAMS[kernel].arg_names):
-            yield configuration(kernel, 2, 64, 64, table_of("sm_90")[kernel, 2, 64, 64], **choice)
+            usual = table_of("sm_90")[kernel, 2, 64, 64]
+            yield configuration(kernel, 2, 64, 64, replace(usual, spilled=usual.spilled + SPILLS_ALIKE), **choice)
 
 
 def candidates(depth: int, dim: int, chunk: int) -> list[Launch]:
@@ -93,7 +94,7 @@ def usage(kernel: str, depth: int, dim: int, chunk: int, launch: Launch) -> Usag
         found = compile_ahead(c.kernel, c.signature, c.constants, c.num_warps, c.num_stages)
     except Exception:  # the compiler's own kinds are many
         return None
-    return found if found.shared <= SHARED_BYTES and not found.serialized else None
+    return found if found.shared <= SHARED_BYTES else None
 
 
 def by_compiling() -> None:
@@ -101,9 +102,11 @@ def by_compiling() -> None:
     chosen = {}
     for kernel, (depth, dim, chunk) in itertools.product(KERNELS, SHAPES):
         found = [(usage(kernel, depth, dim, chunk, x), x) for x in candidates(depth, dim, chunk)]
-        able = [replace(x, spilled=u.spill_stores) for u, x in found if u is not None]
-        best = min(able, key=lambda x: (x.spilled // SPILLS_ALIKE, -x.block, x.warps))
-        chosen[kernel, depth, dim, chunk] = best
+        able = [(u, x) for u, x in found if u is not None]
+        used, best = min(
+            able, key=lambda c: (c[0].serialized, c[0].spill_stores // SPILLS_ALIKE, -c[1].block, c[1].warps)
+        )
+        chosen[kernel, depth, dim, chunk] = best = replace(best, spilled=used.spill_stores)
         print(f"{kernel:17} depth {depth} dim {dim:3} chunk {chunk:3}: {best}", flush=True)
     print(write_table("sm_90", chosen))
 

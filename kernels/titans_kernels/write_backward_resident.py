@@ -22,7 +22,7 @@ from titans_kernels.activation import activate
 from titans_kernels.ahead_of_time import Configuration
 from titans_kernels.descent import descend_back
 from titans_kernels.write import BORDER, RESET
-from titans_kernels.write_resident import _at, _copy_tokens, _unknown_zero
+from titans_kernels.write_resident import _copy_tokens, _unknown_zero
 
 WARPS = 8
 
@@ -33,9 +33,22 @@ def supports(dtype: torch.dtype, head: int, hidden: int, depth: int, chunk: int)
 
 
 @gluon.jit
+def _anew(x):
+    """x, which the compiler does not know to be what it was in the last chunk."""
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _at(zero, ROWS: gl.constexpr, WIDTH: gl.constexpr, layout: gl.constexpr):
+    r = _anew(gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout)) + zero)
+    c = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, layout))
+    return r[:, None] * WIDTH + c[None, :]
+
+
+@gluon.jit
 def _tile_at(zero, j, ROWS: gl.constexpr, COLUMNS: gl.constexpr, WIDTH: gl.constexpr, layout: gl.constexpr):
     """Where columns [j, j + COLUMNS) of a (ROWS, WIDTH) tile are."""
-    r = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout)) + zero
+    r = _anew(gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout)) + zero)
     c = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, layout)) + j
     return r[:, None] * WIDTH + c[None, :]
 
@@ -80,6 +93,7 @@ def write_backward_resident_kernel(
     gl.static_assert(gl.num_warps() == 8 and CHUNK == 64 and DIM == 64 and HEAD == 64 and DEPTH == 2)
     PART: gl.constexpr = 64
     ROWS: gl.constexpr = 16
+    STEP: gl.constexpr = 2048 // HIDDEN
     bf16: gl.constexpr = gl.bfloat16
     f32: gl.constexpr = gl.float32
     of_in: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, HIDDEN // 2, 16])
@@ -96,6 +110,8 @@ def write_backward_resident_kernel(
     units = gl.allocate_shared_memory(bf16, [1, CHUNK, HIDDEN], swizzled)
     pulls = gl.allocate_shared_memory(bf16, [1, CHUNK, HIDDEN], swizzled)
     g_pulls = gl.allocate_shared_memory(bf16, [1, CHUNK, HIDDEN], swizzled)
+    slopes = gl.allocate_shared_memory(bf16, [1, CHUNK, HIDDEN], swizzled)
+    bends = gl.allocate_shared_memory(bf16, [1, CHUNK, HIDDEN], swizzled)
     g_units = gl.allocate_shared_memory(bf16, [1, CHUNK, HIDDEN], swizzled)
     operands_w1 = gl.allocate_shared_memory(bf16, [1, HEAD, HIDDEN], swizzled)
     operands_w2 = gl.allocate_shared_memory(bf16, [1, HIDDEN, HEAD], swizzled)
@@ -141,32 +157,43 @@ def write_backward_resident_kernel(
         saved = of_chunk * size
         hidden = of_chunk * (CHUNK * HIDDEN)
         tokens = of_chunk * (CHUNK * HEAD)
+        where = begin.to(gl.int64) * heads * HEAD
         g_w1_now.store(G1.to(bf16))
         g_w2_now.store(G2.to(bf16))
         if MOMENTUM:
             g_s1_now, g_s2_now = g_operands_s1.index(zero), g_operands_s2.index(zero)
             g_s1_now.store(H1.to(bf16))
             g_s2_now.store(H2.to(bf16))
-        r = gl.arange(0, CHUNK, layout=gl.SliceLayout(1, part)) + zero
+        r = _anew(gl.arange(0, CHUNK, layout=gl.SliceLayout(1, part)) + zero)
         valid = (r < length)[:, None]
         add_w = gl.load(add + of_chunk * 2 * CHUNK + r)[:, None]
         add_s = gl.load(add + of_chunk * 2 * CHUNK + CHUNK + r)[:, None]
+        for i in gl.static_range(0, CHUNK, STEP):
+            step_r = _anew(gl.arange(0, STEP, layout=gl.SliceLayout(1, in_rows)) + (i + zero))
+            step_c = gl.arange(0, HIDDEN, layout=gl.SliceLayout(0, in_rows))
+            at = step_r[:, None] * HIDDEN + step_c[None, :]
+            step_valid = (step_r < length)[:, None]
+            z1 = gl.load(inner + hidden + at, mask=step_valid, other=0.0).to(f32)
+            active, slope, curvature = activate(z1, ACTIVATION)
+            a.slice(i, STEP, 0).store(active.to(bf16))
+            slopes.index(zero).slice(i, STEP, 0).store(slope.to(bf16))
+            x = gl.load(pulled + hidden + at, mask=step_valid, other=0.0).to(f32)
+            d1.slice(i, STEP, 0).store((x * slope).to(bf16))
+            bends.index(zero).slice(i, STEP, 0).store((x * curvature).to(bf16))
         async_copy.wait_group(0)
         fence_async_shared()
         gl.barrier()
 
         # Up: what the update asks of the inputs and descents of each layer, and through these of the last descent.
         for j in gl.static_range(0, HIDDEN, PART):
-            at = hidden + _tile_at(zero, j, CHUNK, PART, HIDDEN, part)
+            at = _tile_at(zero, j, CHUNK, PART, HIDDEN, part)
             g = warpgroup_mma(key, g_w1_now.slice(j, PART, 1), gl.zeros([CHUNK, PART], f32, part)) * add_w
             if MOMENTUM:
                 g += warpgroup_mma(key, g_s1_now.slice(j, PART, 1), gl.zeros([CHUNK, PART], f32, part)) * add_s
-            g += gl.load(g_hidden + at, mask=valid, other=0.0).to(f32)
+            g += gl.load(g_hidden + hidden + at, mask=valid, other=0.0).to(f32)
             g_d1.slice(j, PART, 1).store(g.to(bf16))
-            active, slope, _ = activate(gl.load(inner + at, mask=valid, other=0.0).to(f32), ACTIVATION)
-            a.slice(j, PART, 1).store(active.to(bf16))
-            g_pulled.slice(j, PART, 1).store((g * slope).to(bf16))
-            d1.slice(j, PART, 1).store((gl.load(pulled + at, mask=valid, other=0.0).to(f32) * slope).to(bf16))
+            g *= slopes.index(zero).slice(j, PART, 1).load(part).to(f32)
+            g_pulled.slice(j, PART, 1).store(g.to(bf16))
         fence_async_shared()
         at = _at(zero, CHUNK, HEAD, part)
         g = warpgroup_mma(a, g_w2_now, gl.zeros([CHUNK, HEAD], f32, part)) * add_w
@@ -186,9 +213,10 @@ def write_backward_resident_kernel(
         of_gain = gl.zeros([ROWS, HEAD], f32, few)
         of_bias = gl.zeros([ROWS, HEAD], f32, few)
         for i in gl.static_range(0, CHUNK, ROWS):
-            few_r = gl.arange(0, ROWS, layout=gl.SliceLayout(1, few)) + (i + zero)
+            gl.barrier()
+            few_r = _anew(gl.arange(0, ROWS, layout=gl.SliceLayout(1, few)) + (i + zero))
             few_valid = (few_r < length)[:, None]
-            token = begin.to(gl.int64) * heads * HEAD + (few_r[:, None] * (heads * HEAD) + c[None, :])
+            token = few_r[:, None] * (heads * HEAD) + c[None, :]
             far = few_r * 0.0
             if LOSS == "huber":
                 far = gl.load(limit + own + (begin + few_r) * heads, mask=few_r < length, other=1.0)
@@ -196,11 +224,11 @@ def write_backward_resident_kernel(
                 stage.slice(i, ROWS, 0).load(few),
                 gl.load(outputs + tokens + (few_r[:, None] * HEAD + c[None, :]), mask=few_valid, other=0.0),
                 key.slice(i, ROWS, 0).load(few).to(f32),
-                gl.load(v + token, mask=few_valid, other=0.0).to(f32),
+                gl.load(v + where + token, mask=few_valid, other=0.0).to(f32),
                 far, gains, biases, inside, HEAD, RESIDUAL, LOSS,
             )  # fmt: skip
             g_z2.slice(i, ROWS, 0).store(gl.where(few_valid, g_z, 0.0).to(bf16))
-            gl.store(g_v + token, g_value, mask=few_valid)
+            gl.store(g_v + where + token, g_value, mask=few_valid)
             if LOSS == "huber":
                 gl.store(g_limit + own + (begin + few_r) * heads, g_far, mask=few_r < length)
             if RESIDUAL:
@@ -208,30 +236,29 @@ def write_backward_resident_kernel(
                 of_gain += gl.where(few_valid, part_of_gain, 0.0)
                 of_bias += gl.where(few_valid, part_of_bias, 0.0)
         if RESIDUAL:
-            sums = of_chunk * HEAD + c
-            gl.store(g_gain + sums, gl.load(g_gain + sums) + gl.sum(of_gain, 0))
-            gl.store(g_bias + sums, gl.load(g_bias + sums) + gl.sum(of_bias, 0))
+            sums = of_chunk * HEAD
+            gl.store(g_gain + sums + c, gl.load(g_gain + sums + c) + gl.sum(of_gain, 0))
+            gl.store(g_bias + sums + c, gl.load(g_bias + sums + c) + gl.sum(of_bias, 0))
         fence_async_shared()
 
         # Down: through the network.
         g_add_w = r * 0.0
         g_add_s = r * 0.0
         for j in gl.static_range(0, HIDDEN, PART):
-            at = hidden + _tile_at(zero, j, CHUNK, PART, HIDDEN, part)
-            z1 = gl.load(inner + at, mask=valid, other=0.0).to(f32)
-            active, slope, curvature = activate(z1, ACTIVATION)
+            at = _tile_at(zero, j, CHUNK, PART, HIDDEN, part)
             up = warpgroup_mma(d2, g_w2_now.slice(j, PART, 0).permute((1, 0)), gl.zeros([CHUNK, PART], f32, part))
             g_a = up * add_w
+            active = a.slice(j, PART, 1).load(part).to(f32)
             g_add_w += gl.sum(active * up, 1)
             if MOMENTUM:
                 up = warpgroup_mma(d2, g_s2_now.slice(j, PART, 0).permute((1, 0)), gl.zeros([CHUNK, PART], f32, part))
                 g_a += up * add_s
                 g_add_s += gl.sum(active * up, 1)
+            g_a += gl.load(g_inputs + hidden + at, mask=valid, other=0.0).to(f32)
             g_a = warpgroup_mma(g_z2, w2_now.slice(j, PART, 0).permute((1, 0)), g_a)
-            g_a += gl.load(g_inputs + at, mask=valid, other=0.0).to(f32)
-            g = g_d1.slice(j, PART, 1).load(part).to(f32)
-            g *= gl.load(pulled + at, mask=valid, other=0.0).to(f32)
-            g_d1.slice(j, PART, 1).store((g_a * slope + g * curvature).to(bf16))
+            g_a *= slopes.index(zero).slice(j, PART, 1).load(part).to(f32)
+            g = g_d1.slice(j, PART, 1).load(part).to(f32) * bends.index(zero).slice(j, PART, 1).load(part).to(f32)
+            g_d1.slice(j, PART, 1).store((g_a + g).to(bf16))
         fence_async_shared()
         at = _at(zero, CHUNK, HEAD, part)
         g_key = gl.load(g_reads + tokens + at, mask=valid, other=0.0)
@@ -247,8 +274,8 @@ def write_backward_resident_kernel(
             g_add_s += gl.sum(x * up, 1)
         g_key = warpgroup_mma(g_d1, w1_now.permute((1, 0)), g_key)
         c = gl.arange(0, HEAD, layout=gl.SliceLayout(0, part))
-        token = begin.to(gl.int64) * heads * HEAD + (r[:, None] * (heads * HEAD) + c[None, :])
-        gl.store(g_k + token, g_key, mask=valid)
+        token = r[:, None] * (heads * HEAD) + c[None, :]
+        gl.store(g_k + where + token, g_key, mask=valid)
         gl.store(g_add + of_chunk * 2 * CHUNK + r, g_add_w)
         gl.store(g_add + of_chunk * 2 * CHUNK + CHUNK + r, g_add_s)
 
@@ -256,8 +283,8 @@ def write_backward_resident_kernel(
         keep_w = gl.load(keep + of_chunk * 4)
         keep_t = gl.load(keep + of_chunk * 4 + 1)
         keep_s = gl.load(keep + of_chunk * 4 + 2)
-        at_in = saved + _at(zero, HEAD, HIDDEN, of_in)
-        at_out = saved + _at(zero, HIDDEN, HEAD, of_out)
+        at_in = _at(zero, HEAD, HIDDEN, of_in)
+        at_out = _at(zero, HIDDEN, HEAD, of_out)
         gl.store(
             g_keep + of_chunk * 4,
             _inner_product(G1, w1_now.load(of_in).to(f32)) + _inner_product(G2, w2_now.load(of_out).to(f32)),
@@ -265,18 +292,18 @@ def write_backward_resident_kernel(
         of_keep_t = 0.0
         of_keep_s = 0.0
         if MOMENTUM:
-            past = gl.load(chunk_s1 + at_in).to(f32)
+            past = gl.load(chunk_s1 + saved + at_in).to(f32)
             of_keep_t = _inner_product(G1, past)
             of_keep_s = _inner_product(H1, past)
-            past = gl.load(chunk_s2 + at_out).to(f32)
+            past = gl.load(chunk_s2 + saved + at_out).to(f32)
             of_keep_t += _inner_product(G2, past)
             of_keep_s += _inner_product(H2, past)
-            H1 = gl.load(from_s1 + at_in).to(f32) + keep_t * G1 + keep_s * H1
-            H2 = gl.load(from_s2 + at_out).to(f32) + keep_t * G2 + keep_s * H2
+            H1 = gl.load(from_s1 + saved + at_in).to(f32) + keep_t * G1 + keep_s * H1
+            H2 = gl.load(from_s2 + saved + at_out).to(f32) + keep_t * G2 + keep_s * H2
         gl.store(g_keep + of_chunk * 4 + 1, of_keep_t)
         gl.store(g_keep + of_chunk * 4 + 2, of_keep_s)
-        G1 = warpgroup_mma(key.permute((1, 0)), g_d1, gl.load(from_w1 + at_in).to(f32) + keep_w * G1)
-        G2 = warpgroup_mma(g_pulled.permute((1, 0)), d2, gl.load(from_w2 + at_out).to(f32) + keep_w * G2)
+        G1 = warpgroup_mma(key.permute((1, 0)), g_d1, gl.load(from_w1 + saved + at_in).to(f32) + keep_w * G1)
+        G2 = warpgroup_mma(g_pulled.permute((1, 0)), d2, gl.load(from_w2 + saved + at_out).to(f32) + keep_w * G2)
         G2 = warpgroup_mma(a.permute((1, 0)), g_z2, G2)
 
         n = batch * chunks + first + count - 1 - back
@@ -292,15 +319,15 @@ def write_backward_resident_kernel(
         async_copy.commit_group()
         if STARTS:
             if (flag & RESET) != 0:
-                at_in = row * size + _at(zero, HEAD, HIDDEN, of_in)
-                at_out = row * size + _at(zero, HIDDEN, HEAD, of_out)
-                gl.store(g_begin_w1 + at_in, gl.load(g_begin_w1 + at_in) + G1)
-                gl.store(g_begin_w2 + at_out, gl.load(g_begin_w2 + at_out) + G2)
+                at_in = _at(zero, HEAD, HIDDEN, of_in)
+                at_out = _at(zero, HIDDEN, HEAD, of_out)
+                gl.store(g_begin_w1 + row * size + at_in, gl.load(g_begin_w1 + row * size + at_in) + G1)
+                gl.store(g_begin_w2 + row * size + at_out, gl.load(g_begin_w2 + row * size + at_out) + G2)
                 G1 = gl.zeros([HEAD, HIDDEN], f32, of_in)
                 G2 = gl.zeros([HIDDEN, HEAD], f32, of_out)
                 if MOMENTUM:
-                    gl.store(g_begin_s1 + at_in, gl.load(g_begin_s1 + at_in) + H1)
-                    gl.store(g_begin_s2 + at_out, gl.load(g_begin_s2 + at_out) + H2)
+                    gl.store(g_begin_s1 + row * size + at_in, gl.load(g_begin_s1 + row * size + at_in) + H1)
+                    gl.store(g_begin_s2 + row * size + at_out, gl.load(g_begin_s2 + row * size + at_out) + H2)
                     H1 = gl.zeros([HEAD, HIDDEN], f32, of_in)
                     H2 = gl.zeros([HIDDEN, HEAD], f32, of_out)
         if LIMITED:

@@ -77,6 +77,11 @@ REFUSED = [
         "parallel.context=1",
     ),
     ({"parallel__context": 2, "parallel__context_mode": "scan"}, "composes affine maps", "parallel.context_mode=ring"),
+    (
+        {"parallel__context": 2, "parallel__context_mode": "ring", "model__memory__backend": "triton"},
+        "model.memory.backend=triton is not offered with parallel.context_mode=ring",
+        "model.memory.backend=auto",
+    ),
     ({"parallel__context_mode": "tree"}, "parallel.context_mode=tree is unknown", "auto, heads, ring, scan"),
     (
         {"parallel__context": 2, "training__carry_state": True, "data__documents": "packed"},

@@ -13,12 +13,13 @@ CONFIGURATIONS = list(configurations())
 
 @pytest.mark.aot
 @pytest.mark.timeout(1800)  # of all: the first has to wait until they are compiled
-@pytest.mark.parametrize("name", [c.name for c in CONFIGURATIONS])
-def test_a_kernel_fits(name: str, usages: dict[str, Usage]) -> None:
-    usage = usages[name]
-    assert (usage.spill_stores, usage.spill_loads) == (0, 0), usage
+@pytest.mark.parametrize("configuration", CONFIGURATIONS, ids=lambda c: c.name)
+def test_a_kernel_fits(configuration: Configuration, usages: dict[str, Usage]) -> None:
+    """Nothing is spilled, but for what the table of the large tiles says."""
+    usage = usages[configuration.name]
+    assert usage.spill_stores <= configuration.most_spilled, usage
     assert usage.shared <= SHARED_BYTES, usage
-    assert not usage.serialized, usage
+    assert not usage.serialized or configuration.most_spilled, usage
 
 
 def compiled(c: Configuration, without: str = "") -> Usage:

@@ -90,6 +90,7 @@ def validate_layout(config: Config) -> None:
     _tensor(config)
     _pipeline(config)
     _context(config)
+    _kernels(config)
     _sequence_parallel(config)
     _engine(config)
 
@@ -167,6 +168,22 @@ def _full_width(config: Config) -> None:
             f"{what}, but does not divide model.hidden_size={model.hidden_size}; "
             f"the nearest legal parallel.tensor is {nearest_divisor(model.hidden_size, tensor)}"
         )
+
+
+def _kernels(config: Config) -> None:
+    """Forms of the memory that go over several processes are written in torch."""
+    parallel = config.parallel
+    if config.model.memory.backend != "triton":
+        return
+    for key, value, applies in (
+        ("parallel.context_mode", context_mode(config), parallel.context > 1 and context_mode(config) != "heads"),
+        ("model.num_heads", 1, config.model.num_heads == 1 and parallel.tensor > 1),
+    ):
+        if applies:
+            raise ConfigError(
+                f"model.memory.backend=triton is not offered with {key}={value} over several processes, which has no "
+                "kernels; use model.memory.backend=auto"
+            )
 
 
 def _pipeline(config: Config) -> None:

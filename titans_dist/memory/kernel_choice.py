@@ -10,10 +10,15 @@ import os
 import torch
 from torch import Tensor
 
+from titans_dist.config import ConfigError
 from titans_dist.memory.kernel_check import failed_check
 from titans_dist.memory.spec import MemorySpec
 
 log = logging.getLogger(__name__)
+
+
+class KernelError(ConfigError, ValueError):
+    """Kernels were asked for that cannot be had."""
 
 
 def lacking(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -34,10 +39,10 @@ def lacking(backend: str, device: torch.device, dtype: torch.dtype) -> str | Non
 def uses_kernels(backend: str, lack: str | None) -> bool:
     """Whether `backend` goes through kernels that have this lack. "auto" says once on a GPU why it does not.
 
-    Raises ValueError where "triton" is asked for and cannot be had.
+    Raises KernelError where "triton" is asked for and cannot be had.
     """
     if backend == "triton" and lack is not None:
-        raise ValueError(f"backend='triton' cannot be had: {lack}; use backend='auto' or 'torch'")
+        raise KernelError(f"backend='triton' cannot be had: {lack}; use backend='auto' or 'torch'")
     if backend == "auto" and lack is not None and torch.cuda.is_available():
         _say_once(lack)
     return backend in ("auto", "triton") and lack is None
