@@ -91,6 +91,7 @@ def write_kernel(
         keep_w = tl.load(keep + of_chunk * 4)
         keep_t = tl.load(keep + of_chunk * 4 + 1)
         keep_s = tl.load(keep + of_chunk * 4 + 2)
+        tl.debug_barrier()  # what is read above is written below
         for j in range(0, HIDDEN, BLOCK):
             old = load_turned(w2, j, HIDDEN, HEAD, DIM, BLOCK)
             last = old.to(key.dtype)

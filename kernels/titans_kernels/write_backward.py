@@ -172,6 +172,7 @@ def write_backward_kernel(
                 store_rows(g_inputs, g_z1, of_chunk, j, length, HIDDEN, BLOCK, CHUNK)
             else:
                 g_key += g_a
+        tl.debug_barrier()  # what is read above is written below
         for unit in range(0, HIDDEN, BLOCK):
             j = tl.multiple_of(unit + tl.load(keep + of_chunk * 4 + 3).to(tl.int32), BLOCK)
             after = load_turned(g_w2, j, HIDDEN, HEAD, DIM, BLOCK)

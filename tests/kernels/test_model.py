@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from titans_dist.config import MemoryConfig, ModelConfig
+from titans_dist.layers import kernels
 from titans_dist.layers.neural_memory import NeuralMemory
 from titans_dist.model import build_model
 
@@ -70,3 +71,24 @@ def test_a_layer_says_what_it_cannot_do() -> None:
     layer = NeuralMemory(config).double()
     with pytest.raises(ValueError, match="float64 has no kernels"):
         layer(torch.zeros(1, 4, 32, dtype=torch.float64), None)
+
+
+def test_a_layers_kernels_are_checked_before_their_first_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    from titans_kernels import norm_gate
+
+    check, given = kernels.failed_check.__wrapped__, (16, 4, torch.float32, torch.device("cpu"))
+    assert check(*given) is None
+    right = norm_gate.norm_gate
+    monkeypatch.setattr(norm_gate, "norm_gate", lambda *given: right(*given) * 1.01)
+    assert "on this device they differ from the torch form, relative error 1.0e-02" in check(*given)
+
+    def broken(*given: object) -> Tensor:
+        raise RuntimeError("out of resource: shared memory")
+
+    monkeypatch.setattr(norm_gate, "norm_gate", broken)
+    assert check(*given) == "on this device they do not run: out of resource: shared memory"
+
+
+def test_long_convolutions_have_no_kernel() -> None:
+    with pytest.raises(ValueError, match="convolutions over 40 tokens have no kernels, up to 32 have"):
+        kernels.by_kernels("triton", torch.zeros(1), 16, 40)

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from titans_dist.config import ModelConfig
 from titans_dist.layers.conv import CausalConv
 from titans_dist.layers.inner_memory import InnerMemory
+from titans_dist.layers.kernels import by_kernels
 from titans_dist.layers.norm import HeadNorm, head_norm
 from titans_dist.layers.parameter import linear
 from titans_dist.layers.state import expand
@@ -20,7 +21,6 @@ from titans_dist.layers.tnt import TNTMemory, TNTState
 from titans_dist.memory import MemoryState
 from titans_dist.memory.compiled import compiled
 from titans_dist.memory.grad_clip import StateGradClip
-from titans_dist.memory.kernel_choice import lacking, uses_kernels
 
 
 @dataclass
@@ -157,8 +157,7 @@ class NeuralMemory(nn.Module):
         return self._finish(y, self._heads(self.gate(x)), self.norm.weight, self.norm.eps)
 
     def _by_kernels(self, x: Tensor) -> bool:
-        may_use = self.backend in ("auto", "triton")
-        return may_use and uses_kernels(self.backend, lacking(self.backend, x.device, x.dtype))
+        return by_kernels(self.backend, x, self.head_dim, self.q_conv.weight.shape[1])
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim))
