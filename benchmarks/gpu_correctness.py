@@ -16,6 +16,7 @@ from gpu_machine import Row, Settings, in_processes
 from torch import Tensor
 from torch.nn import functional as F
 
+from titans_dist.layers.kernels import failed_check
 from titans_dist.memory import MemorySpec, MemoryState, neural_memory
 
 BOUNDS = {"float32": 1e-4, "bfloat16": 2e-2}
@@ -98,6 +99,7 @@ def cases(settings: Settings) -> list[Case]:
         each = zip(structures, chunks, CHOICES[5:] + CHOICES[:5], strict=False)
         found = [Case(expansion=2, **choice) for choice in CHOICES]
         for (depth, expansion, dim), chunk, choice in each:
+            chunk = min(chunk, 64) if dim > 64 else chunk
             found.append(Case(depth=depth, expansion=expansion, head_dim=dim, chunk_size=chunk, **choice))
     return [replace(case, dtype=dtype) for case in found for dtype in BOUNDS]
 
@@ -112,7 +114,18 @@ def correctness(settings: Settings) -> list[Row]:
     workers = 0 if settings.device == "cpu" else min(os.cpu_count() or 1, 12, len(todo))
     seconds = min(settings.seconds_left, 80 if settings.quick else 230)
     found = {done: row for done, row in in_processes(run, todo, workers, seconds)}
-    return [{"case": one.case.describe(), "dtype": one.case.dtype, **found[one]} for one in todo]
+    rows = [{"case": one.case.describe(), "dtype": one.case.dtype, **found[one]} for one in todo]
+    return rows + (layer_kernels() if settings.device == "cuda" else [])
+
+
+def layer_kernels() -> list[Row]:
+    """The kernels of the layer around the memory, held to torch as `titans_dist` does before it uses them."""
+    rows = []
+    for head_dim, dtype in itertools.product((64, 96, 128), BOUNDS):
+        differs = failed_check(head_dim, 4, getattr(torch, dtype), torch.device("cuda", 0))
+        case = f"convolution, norm and gate, head {head_dim}"
+        rows.append({"case": case, "dtype": dtype, "error": differs or "as in torch", "passed": differs is None})
+    return rows
 
 
 @dataclass(frozen=True)

@@ -387,18 +387,43 @@ def _store(pointer: Pointer, value: Any, mask: Any = None) -> None:
     pointer.memory[pointer.offsets.data[allowed]] = data.broadcast_to(allowed.shape)[allowed].to(pointer.memory.dtype)
 
 
-def _sum(x: Tile, axis: int) -> Tile:
-    warps = x.layout.warps_per_cta
-    if warps[axis] > 1:
-        _now().synchronize()  # the partial sums go through shared memory of their own
-    return Tile(x.data.sum(axis), x.dtype, gl.SliceLayout(axis, x.layout))
+def _warps(layout: Any, axis: int) -> int:
+    """Over how many warps an axis is spread."""
+    if isinstance(layout, gl.SliceLayout):
+        return _warps(layout.parent, axis + (axis >= layout.dim))
+    return layout.warps_per_cta[axis]
+
+
+def _reduced(x: Tile, axis: int, function: Callable[..., Tensor]) -> Tile:
+    layout = gl.SliceLayout(axis, x.layout) if x.layout.rank > 1 else None
+    return Tile(function(x.data, axis), x.dtype, layout)
+
+
+def _reduce(x: Any, axis: int, combine: Any = None, function: Callable[..., Tensor] = torch.sum) -> Any:
+    """`combine`, if there is one, has to add."""
+    tiles = x if isinstance(x, tuple) else (x,)
+    if combine is not None:
+        digits = [Tile(torch.tensor(10**i), "int64") for i in range(2 * len(tiles))]
+        sums = [int(y.data) for y in combine(*digits)]
+        if sums != [10**i + 10 ** (i + len(tiles)) for i in range(len(tiles))]:
+            raise EmulationError("the emulator has reductions by tuples only as sums")
+    if any(_warps(y.layout, axis) > 1 for y in tiles):
+        _now().synchronize()  # the warps' results go through shared memory of their own
+    results = tuple(_reduced(y, axis, function) for y in tiles)
+    return results if isinstance(x, tuple) else results[0]
+
+
+def _inline_asm_elementwise(asm: str, constraints: str, operands: Sequence[Tile], dtype: str, **_: Any) -> Tile:
+    (x,) = operands
+    width = {"int32": ("b32", "=r,r"), "int64": ("b64", "=l,l")}[dtype]
+    if (asm, constraints) != (f"mov.{width[0]} $0, $1;", width[1]) or x.dtype != dtype:
+        raise EmulationError(f"the emulator knows only moves, not {asm!r} of {x.dtype}")
+    return x
 
 
 def _allocate(dtype: str, shape: Sequence[int], layout: Any) -> Shared:
-    if dtype != "bf16" or layout.element_bitwidth != 16 or layout.swizzle_byte_width != 128:
-        raise EmulationError(
-            f"the emulator has only bfloat16 with 128 byte swizzle in shared memory, not {dtype} {layout}"
-        )
+    if {"bf16": 16, "fp32": 32}[dtype] != layout.element_bitwidth or layout.swizzle_byte_width != 128:
+        raise EmulationError(f"{dtype} in shared memory with {layout}: the emulator has only 128 byte swizzle")
     never = [torch.full(tuple(shape), NEVER) for _ in range(4)]
     data = torch.full(tuple(shape), float("nan"), dtype=_now().number)
     nobody = torch.zeros(tuple(shape), dtype=torch.int64)
@@ -493,7 +518,8 @@ def _language() -> types.SimpleNamespace:
         program_id=lambda axis: Tile(torch.tensor(_now().program), "int32"),
         arange=lambda start, end, layout: Tile(torch.arange(start, end), "int32", layout),
         zeros=lambda shape, dtype, layout: _full(shape, 0.0, dtype, layout), full=_full,
-        load=_load, store=_store, sum=_sum,
+        load=_load, store=_store, reduce=_reduce, sum=_reduce, inline_asm_elementwise=_inline_asm_elementwise,
+        max=lambda x, axis: _reduce(x, axis, function=torch.amax),
         where=lambda c, x, y: _elementwise(lambda c, x, y: torch.where(c.bool(), x, y), c, x, y),
         exp=lambda x: _elementwise(torch.exp, x), abs=lambda x: _elementwise(torch.abs, x),
         sqrt=lambda x: _elementwise(torch.sqrt, x), rsqrt=lambda x: _elementwise(torch.rsqrt, x),

@@ -301,10 +301,10 @@ def test_the_emulator_finds(name: str, tmp_path: Path) -> None:
 
 
 COMPILE = """
-import json, triton
-from titans_kernels import ahead_of_time, write_resident
+import importlib, json, sys, triton
+from titans_kernels import ahead_of_time
 compile, programs = triton.compile, {}
-for c in write_resident.configurations():
+for c in importlib.import_module(sys.argv[1]).configurations():
     def kept(*arguments, **options):
         compiled = compile(*arguments, **options)
         programs[c.name] = compiled.asm["ptx"]
@@ -315,13 +315,18 @@ print(json.dumps(programs))
 """
 
 
+def compiled(module: str) -> dict[str, str]:
+    """The PTX of a module's configurations, by name."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = str(Path(write_resident.__file__).parents[1])
+    command = [sys.executable, "-c", COMPILE, f"titans_kernels.{module}"]
+    return json.loads(subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE, text=True).stdout)
+
+
 @pytest.mark.aot
 def test_compiled_code_fences_before_wgmma() -> None:
     """On every way through the PTX a wgmma comes after a barrier, that after a fence, and that after all stores."""
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    env["PYTHONPATH"] = str(Path(write_resident.__file__).parents[1])
-    done = subprocess.run([sys.executable, "-c", COMPILE], env=env, check=True, stdout=subprocess.PIPE, text=True)
-    programs = json.loads(done.stdout)
+    programs = compiled("write_resident")
     assert len(programs) == len(list(write_resident.configurations()))
     for name, ptx in programs.items():
         assert unfenced(ptx) == [], name
