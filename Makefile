@@ -12,7 +12,7 @@ train: $(READY)  ## Train a small Titans model: prepare, train, kill, resume, ev
 	$(BIN)/titans-dist quickstart
 
 test: $(READY) lint  ## Check the code and run the test suite, but for the whole matrix of models and layouts
-	$(BIN)/python -m pytest -m "not matrix"
+	$(BIN)/python -m pytest -m "not matrix" --durations=20
 
 matrix: $(READY)  ## Every model on every layout equals one process: 20 minutes at most
 	$(BIN)/python -m pytest tests/parallel -m matrix

@@ -8,13 +8,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib
+import itertools
 import json
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -132,16 +135,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true", help="print an object of name: usage")
     arguments = parser.parse_args()
-    usages: dict[str, Usage] = {}
-    for c in configurations():
-        assert c.name not in usages, f"two configurations are named {c.name}"
-        usages[c.name] = compile_ahead(
-            c.kernel, c.signature, c.constants, c.num_warps, c.num_stages, divisible=c.divisible
-        )
+    names = [c.name for c in configurations()]
+    assert len(set(names)) == len(names), "two configurations have one name"
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as processes:
+        usages = dict(zip(names, processes.map(_usage_of, range(len(names))), strict=True))
     if arguments.json:
         print(json.dumps({name: dataclasses.asdict(usage) for name, usage in usages.items()}))
     else:
         print(table(usages))
+
+
+def _usage_of(index: int) -> Usage:
+    """The usage of one of `configurations()`, whose kernels cannot be sent to another process."""
+    c = next(itertools.islice(configurations(), index, None))
+    return compile_ahead(c.kernel, c.signature, c.constants, c.num_warps, c.num_stages, divisible=c.divisible)
 
 
 def _source_class(kernel: triton.JITFunction) -> type[ASTSource]:

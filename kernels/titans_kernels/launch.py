@@ -20,8 +20,10 @@ from titans_kernels.write import write_kernel
 from titans_kernels.write_backward import write_backward_kernel
 
 WORKSPACE_BYTES = 2**30
-"""About how much the states of a segment's chunks may take."""
+"""About how much of a segment may be in memory at once, backward: more chunks at a time are more programs at a time."""
 GATE_PROGRAMS = 2048
+HIDDEN_KINDS = 6
+"""Hidden numbers of a chunk's tokens that the kernels of the backward pass hand on."""
 Slots = Sequence[Tensor]
 """W1, S1, W2, S2 as far as the memory has them, (B H, d_in, d_out) or (B H, count, d_in, d_out)."""
 Segment = tuple[int, int]
@@ -123,7 +125,9 @@ class Shape:
 
     def segments(self, chunks: int) -> list[Segment]:
         """Chunks whose states are in memory together."""
-        of_chunk = self.rows * self.slots * self.head_dim * self.hidden * self.dtype.itemsize
+        states = 2 * self.slots * self.head_dim * self.hidden  # and their gradients
+        hidden = HIDDEN_KINDS * self.chunk * self.hidden if self.depth == 2 else 0
+        of_chunk = self.rows * (states + hidden) * self.dtype.itemsize
         count = max(1, WORKSPACE_BYTES // of_chunk)
         return [(first, min(count, chunks - first)) for first in range(0, chunks, count)]
 
@@ -210,9 +214,9 @@ def backward(
     at_starts = shape.new_slots(count, shape.dtype)
     g_queries, g_keys, g_descents = (shape.new(count, b, dim) for _ in range(3))
     g_raw, g_outputs = (shape.new(count, b, dim, dtype=shape.dtype) for _ in range(2))
-    of_units: list[Tensor | None] = [None] * 6
+    of_units: list[Tensor | None] = [None] * HIDDEN_KINDS
     if shape.depth == 2:
-        of_units = [shape.new(count, b, hidden, dtype=shape.dtype) for _ in range(6)]
+        of_units = [shape.new(count, b, hidden, dtype=shape.dtype) for _ in range(HIDDEN_KINDS)]
     inner, pulled, queried, g_inner, g_inputs, g_hidden = of_units
     g_write, g_past = shape.new(count, b, b), shape.new(count, 2, b)
     g_add, g_keep = shape.new(count, 2, b), shape.new(count, 4)

@@ -21,7 +21,7 @@ from titans_kernels.activation import activate
 from titans_kernels.ahead_of_time import Configuration
 from titans_kernels.descent import descend_back
 from titans_kernels.write import BORDER, RESET
-from titans_kernels.write_resident import _copy_tokens, _unknown_zero
+from titans_kernels.write_resident import _anew, _anew_scalar, _at, _copy_tokens, _unknown_zero
 
 WARPS = 8
 
@@ -33,26 +33,6 @@ def supports(dtype: torch.dtype, head: int, hidden: int, depth: int, chunk: int,
     """
     fits = hidden == 64 or (hidden == 128 and not momentum)
     return dtype == torch.bfloat16 and chunk == 64 and head == 64 and fits and depth == 2
-
-
-@gluon.jit
-def _anew(x):
-    """x, int32, which the compiler takes for new: it keeps nothing it has computed from it, nor takes it apart."""
-    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def _anew_scalar(x):
-    """The same for a scalar of int64."""
-    return gl.inline_asm_elementwise("mov.b64 $0, $1;", "=l,l", [x], dtype=gl.int64, is_pure=False, pack=1)
-
-
-@gluon.jit
-def _at(zero, ROWS: gl.constexpr, WIDTH: gl.constexpr, layout: gl.constexpr):
-    """Where the elements of a (ROWS, WIDTH) tile are."""
-    r = _anew(gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout)) + zero)
-    c = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, layout))
-    return r[:, None] * WIDTH + c[None, :]
 
 
 @gluon.jit

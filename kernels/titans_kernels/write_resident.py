@@ -43,9 +43,21 @@ def _unknown_zero(length):
 
 
 @gluon.jit
+def _anew(x):
+    """x, int32, which the compiler takes for new: it keeps nothing it has computed from it, nor takes it apart."""
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _anew_scalar(x):
+    """The same for a scalar of int64."""
+    return gl.inline_asm_elementwise("mov.b64 $0, $1;", "=l,l", [x], dtype=gl.int64, is_pure=False, pack=1)
+
+
+@gluon.jit
 def _copy_tokens(shared, x, begin, length, heads, zero, WIDTH: gl.constexpr, CHUNK: gl.constexpr, layout: gl.constexpr):
     """Starts to copy tokens [begin, begin + length) of the head at x into (CHUNK, WIDTH), zeros behind them."""
-    r = gl.arange(0, CHUNK, layout=gl.SliceLayout(1, layout)) + zero
+    r = _anew(gl.arange(0, CHUNK, layout=gl.SliceLayout(1, layout)) + zero)
     c = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, layout))
     at = x + begin.to(gl.int64) * heads * WIDTH + (r[:, None] * (heads * WIDTH) + c[None, :])
     async_copy.async_copy_global_to_shared(shared, at, mask=(r < length)[:, None])
@@ -54,7 +66,7 @@ def _copy_tokens(shared, x, begin, length, heads, zero, WIDTH: gl.constexpr, CHU
 @gluon.jit
 def _at(zero, ROWS: gl.constexpr, WIDTH: gl.constexpr, layout: gl.constexpr):
     """Where the elements of a (ROWS, WIDTH) tile are."""
-    r = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout)) + zero
+    r = _anew(gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout)) + zero)
     c = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, layout))
     return r[:, None] * WIDTH + c[None, :]
 
@@ -62,7 +74,7 @@ def _at(zero, ROWS: gl.constexpr, WIDTH: gl.constexpr, layout: gl.constexpr):
 @gluon.jit
 def _scaled(x, gates, zero, CHUNK: gl.constexpr, layout: gl.constexpr):
     """Rows of x (CHUNK, columns), bfloat16, times their gates (CHUNK,)."""
-    r = gl.arange(0, CHUNK, layout=gl.SliceLayout(1, layout)) + zero
+    r = _anew(gl.arange(0, CHUNK, layout=gl.SliceLayout(1, layout)) + zero)
     return (x.to(gl.float32) * gl.load(gates + r)[:, None]).to(gl.bfloat16)
 
 
@@ -109,8 +121,6 @@ def write_resident_kernel(
     batch, head = row // heads, row % heads
     size: gl.constexpr = HEAD * HIDDEN
     own = batch * length_t * heads + head
-    k += own * HEAD
-    v += own * HEAD
     n = batch * chunks + first
     flag = 0
     begin = gl.load(begins + n)
@@ -118,8 +128,8 @@ def write_resident_kernel(
     if STARTS:
         flag = gl.load(flags + n)
     zero = _unknown_zero(length)
-    _copy_tokens(keys.index(zero), k, begin, length, heads, zero, HEAD, CHUNK, head_rows)
-    _copy_tokens(values.index(zero), v, begin, length, heads, zero, HEAD, CHUNK, head_rows)
+    _copy_tokens(keys.index(zero), k + own * HEAD, begin, length, heads, zero, HEAD, CHUNK, head_rows)
+    _copy_tokens(values.index(zero), v + own * HEAD, begin, length, heads, zero, HEAD, CHUNK, head_rows)
     async_copy.commit_group()
     W2 = gl.load(w2 + row * size + _at(zero, HIDDEN, HEAD, last))
     operands_w2.index(zero).store(W2.to(bf16))
@@ -142,7 +152,8 @@ def write_resident_kernel(
             downs.index(zero),
             operands_w2.index(zero),
         )
-        of_chunk = row * count + i
+        of_chunk = _anew_scalar(row * count + i)
+        own = _anew_scalar(batch * length_t * heads + head)
         saved = of_chunk * size
         if STARTS:
             if (flag & RESET) != 0:
@@ -245,8 +256,8 @@ def write_resident_kernel(
         r = gl.arange(0, CHUNK, layout=gl.SliceLayout(1, head_rows)) + zero
         of_rows = of_chunk * (CHUNK * HEAD) + _at(zero, CHUNK, HEAD, head_rows)
         gl.store(descents + of_rows, d2.load(head_rows), mask=(r < length)[:, None])
-        _copy_tokens(key, k, new_begin, new_length, heads, zero, HEAD, CHUNK, head_rows)
-        _copy_tokens(value, v, new_begin, new_length, heads, zero, HEAD, CHUNK, head_rows)
+        _copy_tokens(key, k + own * HEAD, new_begin, new_length, heads, zero, HEAD, CHUNK, head_rows)
+        _copy_tokens(value, v + own * HEAD, new_begin, new_length, heads, zero, HEAD, CHUNK, head_rows)
         async_copy.commit_group()
         if DEPTH == 2:
             back = warpgroup_mma_wait(2 if MOMENTUM else 1, [pulled])

