@@ -107,7 +107,10 @@ def show_correctness(cases: list[Row]) -> None:
     rows = []
     for case in dict.fromkeys(row["case"] for row in cases):
         of_case = [row for row in cases if row["case"] == case]
-        found = [f"{row['error']:.1e} {row['worst']}" if "worst" in row else row["error"] for row in of_case]
+        said = {
+            row["dtype"]: f"{row['error']:.1e} {row['worst']}" if "worst" in row else row["error"] for row in of_case
+        }
+        found = [said.get(dtype, "") for dtype in gpu_correctness.BOUNDS]
         failures = [f"FAIL {row['dtype']}" + ", not the same twice" * ("worst" in row and not row["deterministic"])
                     for row in of_case if not row.get("passed")]  # fmt: skip
         rows.append([case, *found, "; ".join(failures) or "pass"])

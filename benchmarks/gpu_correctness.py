@@ -5,6 +5,7 @@ On a GPU the reference is the torch form, which the tests hold to the recurrence
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from torch.nn import functional as F
 
 from titans_dist.layers.kernels import failed_check
 from titans_dist.memory import MemorySpec, MemoryState, neural_memory
+from titans_kernels.table import state_in_registers
 
 BOUNDS = {"float32": 1e-4, "bfloat16": 2e-2}
 """Largest ||out - reference|| / ||reference|| of every output and gradient, per dtype of q, k and v."""
@@ -42,11 +44,16 @@ class Case:
     is_odd: bool = False
     documents: bool = False
     state: str = "none"
+    in_registers: bool = False
 
     @property
     def spec(self) -> MemorySpec:
         expansion = self.expansion if self.depth > 1 else 1
         return MemorySpec(self.depth, expansion, residual=self.residual, bias=self.bias, momentum=self.momentum)
+
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        return ("bfloat16",) if self.in_registers else tuple(BOUNDS)
 
     @property
     def length(self) -> int:
@@ -63,6 +70,7 @@ class Case:
             "odd length": self.is_odd,
             "documents": self.documents,
             f"state {self.state}": self.state != "none",
+            "in registers": self.in_registers,
         }
         words = [memory, f"head {self.head_dim}", f"chunk {self.chunk_size}"]
         return ", ".join([*words, *(name for name, applies in choices.items() if applies)])
@@ -101,7 +109,11 @@ def cases(settings: Settings) -> list[Case]:
         for (depth, expansion, dim), chunk, choice in each:
             chunk = min(chunk, 64) if dim > 64 else chunk
             found.append(Case(depth=depth, expansion=expansion, head_dim=dim, chunk_size=chunk, **choice))
-    return [replace(case, dtype=dtype) for case in found for dtype in BOUNDS]
+    if settings.device == "cuda":
+        held = [(2, 1), (2, 2), (1, 1)][: 1 if settings.quick else 3]
+        for (depth, expansion), choice in itertools.product(held, CHOICES):
+            found.append(Case(depth=depth, expansion=expansion, in_registers=True, **choice))
+    return [replace(case, dtype=dtype) for case in found for dtype in BOUNDS if dtype in case.dtypes]
 
 
 def correctness(settings: Settings) -> list[Row]:
@@ -143,7 +155,11 @@ def run(check: Check) -> Row:
     torch.set_num_threads(1)
     inputs = draw(case, check.seed)
     reference = results(case, inputs, torch.float64, check.reference, check.device)
-    found, again = (results(case, inputs, getattr(torch, case.dtype), check.backend, check.device) for _ in range(2))
+    with contextlib.ExitStack() as during:
+        if check.device == "cuda":
+            during.enter_context(state_in_registers(torch.device("cuda", 0), case.in_registers))
+        dtype = getattr(torch, case.dtype)
+        found, again = (results(case, inputs, dtype, check.backend, check.device) for _ in range(2))
     errors = {name: relative_error(found[name], reference[name]) for name in reference}
     worst = max(errors, key=lambda name: errors[name] if errors[name] == errors[name] else float("inf"))
     is_same = all(torch.equal(found[name], again[name]) for name in found)

@@ -18,10 +18,11 @@ from titans_dist.layers.mixers import build_mixer
 from titans_dist.layers.parameter import Parameter, initial_value
 from titans_dist.memory import MemorySpec, neural_memory
 from titans_kernels import roofline
+from titans_kernels.table import state_in_registers
 
 DEPTH = 2
 OURS, THEIRS, FLA = "operator, {}", "layer, titans-pytorch", "operator, fla gated delta rule"
-LAYER, RECOMPUTED = "layer, {}", "operator, {}, states recomputed"
+LAYER, RECOMPUTED, RESIDENT = "layer, {}", "operator, {}, states recomputed", "operator, {}, state in registers"
 COMPILING_S = 150
 """What compiling the compiled form for one shape may take: it is left out where less time is left."""
 MODEL = {
@@ -105,6 +106,8 @@ def _rivals(settings: Settings, sizes: Sizes, matmul_flops_per_s: float) -> list
         THEIRS: lambda sizes: titans_pytorch_layer(settings, sizes),
     }
     if kernels != "torch":
+        if sizes.expansion <= 2:
+            makers[RESIDENT.format(kernels)] = lambda sizes: in_registers(operator(settings, sizes, kernels))
         makers[OURS.format("torch")] = lambda sizes: operator(settings, sizes, "torch")
     if not (settings.quick or settings.seconds_left < COMPILING_S):
         makers[OURS.format("compiled")] = lambda sizes: operator(settings, sizes, "compiled")
@@ -126,6 +129,16 @@ def _rivals(settings: Settings, sizes: Sizes, matmul_flops_per_s: float) -> list
             row["flops_per_s"] = sizes.flops_per_token * tokens / seconds
             row["share"] = row["flops_per_s"] / matmul_flops_per_s
     return list(rows.values())
+
+
+def in_registers(call: Call) -> Call:
+    """`call` with the sequential kernels that keep the state in registers."""
+
+    def run() -> None:
+        with state_in_registers(torch.device("cuda", torch.cuda.current_device())):
+            call()
+
+    return run
 
 
 def _fitting(make: Callable[[Sizes], Call], sizes: Sizes, device: str) -> tuple[Call, int]:

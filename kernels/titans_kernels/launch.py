@@ -6,8 +6,10 @@ norm) is None in its place.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -165,6 +167,20 @@ class Shape:
         }  # fmt: skip
 
 
+def _sequential(shape: Shape, kernel: str) -> tuple[Any, dict[str, object]]:
+    """The kernel of a sequential pass, "write" or "write_backward", and its compile-time arguments.
+
+    The table says whether it is the one with the state in registers. That one is written in Gluon, which lives in
+    `triton.experimental`: nothing else depends on it.
+    """
+    options = shape.options(kernel)
+    if launch_of(kernel, shape.depth, shape.dim, shape.chunk, shape.device).resident:
+        resident = importlib.import_module(f"titans_kernels.{kernel}_resident")
+        if resident.supports(shape.dtype, shape.head_dim, shape.hidden, shape.depth, shape.chunk, shape.momentum):
+            return getattr(resident, f"{kernel}_resident_kernel"), options | {"num_warps": resident.WARPS}
+    return (write_kernel if kernel == "write" else write_backward_kernel), options
+
+
 def gates(shape: Shape, x: Inputs, chunks: Chunks, segment: Segment) -> Gates:
     first, count = segment
     b = shape.chunk
@@ -182,11 +198,12 @@ def write(shape: Shape, x: Inputs, chunks: Chunks, segment: Segment, gates: Gate
     first, count = segment
     of_tokens = count, shape.chunk, shape.head_dim
     work = Work(shape.new_slots(count, shape.dtype), shape.new(*of_tokens), shape.new(*of_tokens, dtype=shape.dtype))
-    write_kernel[(shape.rows,)](
+    kernel, options = _sequential(shape, "write")
+    kernel[(shape.rows,)](
         x.k, x.v, x.limit, chunks.begins, chunks.lengths, chunks.flags, gates.add, gates.keep, x.gain, x.bias,
         *shape.four(state), *shape.four(begin), *shape.four(work.states), work.outputs, work.descents,
         shape.length, shape.heads, chunks.count, first, count,
-        **shape.options("write"), RESIDUAL=shape.residual, LOSS=shape.loss, STARTS=bool(begin),
+        **options, RESIDUAL=shape.residual, LOSS=shape.loss, STARTS=bool(begin),
     )  # fmt: skip
     return work
 
@@ -233,11 +250,12 @@ def backward(
         grads.q, g_keys, g_descents, g_inputs, g_hidden, g_write, *shape.four(at_starts),
         *sizes, **shape.options("reads_backward"),
     )  # fmt: skip
-    write_backward_kernel[(shape.rows,)](
+    kernel, options = _sequential(shape, "write_backward")
+    kernel[(shape.rows,)](
         x.k, x.v, x.limit, work.outputs, work.descents, *tables, chunks.flags, gates.add, gates.keep, x.gain, x.bias,
         largest, *shape.four(work.states), *shape.four(at_starts), *shape.four(g_state), *shape.four(g_begin),
         g_keys, grads.k, grads.v, grads.limit, g_descents, g_outputs, inner, pulled, g_inputs, g_hidden, g_add, g_keep,
-        g_gain, g_bias, *sizes, **shape.options("write_backward"), RESIDUAL=shape.residual, LOSS=shape.loss,
+        g_gain, g_bias, *sizes, **options, RESIDUAL=shape.residual, LOSS=shape.loss,
         STARTS=bool(g_begin), LIMITED=largest is not None,
     )  # fmt: skip
     total = shape.rows * count

@@ -5,14 +5,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 KERNELS = ("write", "read", "queries_backward", "reads_backward", "write_backward")
+SEQUENTIAL = ("write", "write_backward")
 TABLES = Path(__file__).parent / "tables"
 TILES = ((64, 16), (64, 32), (64, 64), (64, 128), (128, 16), (128, 32), (128, 64))
 """Padded head dimensions and chunks: larger tiles have no place in registers."""
@@ -21,17 +24,34 @@ SHAPES = [(depth, dim, chunk) for depth in (1, 2) for dim, chunk in TILES]
 
 @dataclass(frozen=True)
 class Launch:
-    """block: hidden units at a time, at depth 1 all; spilled: bytes that a thread spills in bfloat16 on this GPU."""
+    """block: hidden units at a time, at depth 1 all; spilled: bytes that a thread spills in bfloat16 on this GPU.
+
+    resident: take the form with the state in registers, where there is one. That is chosen by timing alone.
+    """
 
     block: int
     warps: int
     stages: int = 1
     spilled: int = 0
+    resident: bool = False
 
 
 def launch_of(kernel: str, depth: int, dim: int, chunk: int, device: torch.device) -> Launch:
     """The configuration for heads padded to `dim` and chunks padded to `chunk`; smaller ones have the smallest's."""
     return table_of(_architecture(device))[kernel, depth, max(dim, 64), chunk]
+
+
+@contextlib.contextmanager
+def state_in_registers(device: torch.device, wanted: bool = True) -> Iterator[None]:
+    """For a while the sequential kernels keep the state in registers where there is such a form, or nowhere."""
+    table = table_of(_architecture(device))
+    usual = dict(table)
+    for key, launch in usual.items():
+        table[key] = replace(launch, resident=wanted and key[0] in SEQUENTIAL)
+    try:
+        yield
+    finally:
+        table.update(usual)
 
 
 @functools.cache
