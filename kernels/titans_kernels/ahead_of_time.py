@@ -27,7 +27,13 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-MODULES = ("titans_kernels.short_conv", "titans_kernels.norm_gate", "titans_kernels.tune")
+MODULES = (
+    "titans_kernels.short_conv",
+    "titans_kernels.norm_gate",
+    "titans_kernels.tune",
+    "titans_kernels.write_resident",
+    "titans_kernels.write_backward_resident",
+)
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ def _length(e):
 
 
 @triton.jit
-def _output_descent(f, v, limit, LOSS: tl.constexpr):
+def output_descent(f, v, limit, LOSS: tl.constexpr):
     """-dl/df; `limit` (CHUNK,) is where Huber's loss becomes linear."""
     if LOSS == "dot":
         return 2.0 * v
@@ -53,10 +53,10 @@ def descend(z, k, v, limit, gain, bias, inside, HEAD: tl.constexpr, RESIDUAL: tl
     """-dl/dz for the MLP's outputs z, keys and values; gain and bias (DIM,)."""
     if RESIDUAL:
         n, rstd = normalize(z, inside, HEAD)
-        h = gain[None, :] * _output_descent(k + n * gain[None, :] + bias[None, :], v, limit, LOSS)
+        h = gain[None, :] * output_descent(k + n * gain[None, :] + bias[None, :], v, limit, LOSS)
         return through_norm(h, n, rstd, inside, HEAD)
     else:
-        return _output_descent(z, v, limit, LOSS)
+        return output_descent(z, v, limit, LOSS)
 
 
 @triton.jit
@@ -65,7 +65,7 @@ def descend_back(g, z, k, v, limit, gain, bias, inside, HEAD: tl.constexpr, RESI
     if RESIDUAL:
         n, rstd = normalize(z, inside, HEAD)
         f = k + n * gain[None, :] + bias[None, :]
-        outer = _output_descent(f, v, limit, LOSS)
+        outer = output_descent(f, v, limit, LOSS)
         h = outer * gain[None, :]
         d = through_norm(h, n, rstd, inside, HEAD)
         g_h = through_norm(g, n, rstd, inside, HEAD)

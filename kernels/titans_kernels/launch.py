@@ -176,7 +176,7 @@ def _sequential(shape: Shape, kernel: str) -> tuple[Any, dict[str, object]]:
     options = shape.options(kernel)
     if launch_of(kernel, shape.depth, shape.dim, shape.chunk, shape.device).resident:
         resident = importlib.import_module(f"titans_kernels.{kernel}_resident")
-        if resident.supports(shape.dtype, shape.head_dim, shape.hidden, shape.depth, shape.chunk, shape.momentum):
+        if resident.supports(shape.dtype, shape.head_dim, shape.hidden, shape.depth, shape.chunk):
             return getattr(resident, f"{kernel}_resident_kernel"), options | {"num_warps": resident.WARPS}
     return (write_kernel if kernel == "write" else write_backward_kernel), options
 

@@ -2,6 +2,9 @@
 
 As in `write_resident_kernel` one program of two warpgroups takes one row, and products have their operands in shared
 memory. What the gradient of gradients needs of a chunk's hidden units goes by in parts of 64.
+
+Registers are scarce: addresses are made anew in every part of the loop (`_anew`), and barriers that no data needs keep
+the compiler from loading for all parts at once.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -10,12 +13,14 @@ memory. What the gradient of gradients needs of a chunk's hidden units goes by i
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import product
 
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma
+from triton.language import debug_barrier
 
 from titans_kernels.activation import activate
 from titans_kernels.ahead_of_time import Configuration
@@ -26,13 +31,9 @@ from titans_kernels.write_resident import _anew, _anew_scalar, _at, _copy_tokens
 WARPS = 8
 
 
-def supports(dtype: torch.dtype, head: int, hidden: int, depth: int, chunk: int, momentum: bool) -> bool:
-    """Whether `write_backward_resident_kernel` has a form for this that needs no more registers than there are.
-
-    `chunk` is what tiles are padded to.
-    """
-    fits = hidden == 64 or (hidden == 128 and not momentum)
-    return dtype == torch.bfloat16 and chunk == 64 and head == 64 and fits and depth == 2
+def supports(dtype: torch.dtype, head: int, hidden: int, depth: int, chunk: int) -> bool:
+    """Whether `write_backward_resident_kernel` has a form for this; `chunk` is what tiles are padded to."""
+    return dtype == torch.bfloat16 and chunk == 64 and head == 64 and hidden in (64, 128) and depth == 2
 
 
 @gluon.jit
@@ -77,10 +78,33 @@ def _largest(x):
 
 
 @gluon.jit
+def _loaded(x, zero, ROWS: gl.constexpr, WIDTH: gl.constexpr, layout: gl.constexpr):
+    """The tile at x, no sooner than here."""
+    debug_barrier()
+    return gl.load(x + _at(zero, ROWS, WIDTH, layout))
+
+
+@gluon.jit
+def _moved(x, sum_, zero, ROWS: gl.constexpr, WIDTH: gl.constexpr, layout: gl.constexpr):
+    """Adds x to a sum in memory, and leaves zeros where it was."""
+    debug_barrier()  # one at a time: the compiler would load all sums first
+    at = sum_ + _at(zero, ROWS, WIDTH, layout)
+    gl.store(at, gl.load(at) + x)
+    return gl.zeros([ROWS, WIDTH], gl.float32, layout)
+
+
+@gluon.jit
+def _square(x, top):
+    """The sum of (x / top)^2."""
+    x *= 1.0 / top
+    return _inner_product(x, x)
+
+
+@gluon.jit
 def _shortened(x, norm, most):
-    """x / norm * most, and zero where that is not a number."""
-    x = x / norm * most
-    return gl.where(x == x, x, 0.0)
+    """x if its norm is `most` or less; else x / norm * most, and zero where that is not a number."""
+    y = x * (1.0 / norm) * most
+    return gl.where(norm <= most, x, gl.where(y == y, y, 0.0))
 
 
 @gluon.jit
@@ -94,13 +118,14 @@ def write_backward_resident_kernel(
     DEPTH: gl.constexpr, MOMENTUM: gl.constexpr, RESIDUAL: gl.constexpr, LOSS: gl.constexpr,
     ACTIVATION: gl.constexpr, STARTS: gl.constexpr, LIMITED: gl.constexpr, PRECISION: gl.constexpr,
 ):  # fmt: skip
-    """Arguments as of `write_backward_kernel`. BLOCK and PRECISION are not used, and none of the reads' parts is
-    written over.
+    """Arguments as of `write_backward_kernel`; of the reads' parts only g_reads is written over, and g_outputs, BLOCK
+    and PRECISION are not used.
     """
     gl.static_assert(gl.num_warps() == 8 and CHUNK == 64 and DIM == 64 and HEAD == 64 and DEPTH == 2)
     PART: gl.constexpr = 64
     ROWS: gl.constexpr = 16
-    STEP: gl.constexpr = 2048 // HIDDEN
+    # No product is added to S's adjoint: where registers do not suffice it waits in L2, in g_s1 and g_s2.
+    PARKED: gl.constexpr = MOMENTUM and (HIDDEN == 128 or not RESIDUAL)
     bf16: gl.constexpr = gl.bfloat16
     f32: gl.constexpr = gl.float32
     of_in: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, HIDDEN // 2, 16])
@@ -108,6 +133,7 @@ def write_backward_resident_kernel(
     of_out: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, HEAD, 16]) if HIDDEN == 128 else part
     head_rows: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [8, 1], [1, 0])
     in_rows: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HIDDEN, HIDDEN // 8], [8, 1], [1, 0])
+    few_units: gl.constexpr = gl.BlockedLayout([1, HIDDEN // 16], [2, 16], [8, 1], [1, 0])
     few: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [8, 1], [1, 0])
     swizzled: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     keys = gl.allocate_shared_memory(bf16, [1, CHUNK, HEAD], swizzled)
@@ -146,8 +172,12 @@ def write_backward_resident_kernel(
     G1 = gl.load(g_w1 + row * size + _at(zero, HEAD, HIDDEN, of_in))
     G2 = gl.load(g_w2 + row * size + _at(zero, HIDDEN, HEAD, of_out))
     if MOMENTUM:
-        H1 = gl.load(g_s1 + row * size + _at(zero, HEAD, HIDDEN, of_in))
-        H2 = gl.load(g_s2 + row * size + _at(zero, HIDDEN, HEAD, of_out))
+        if PARKED:
+            g_operands_s1.index(zero).store(gl.load(g_s1 + row * size + _at(zero, HEAD, HIDDEN, of_in)).to(bf16))
+            g_operands_s2.index(zero).store(gl.load(g_s2 + row * size + _at(zero, HIDDEN, HEAD, of_out)).to(bf16))
+        else:
+            H1 = gl.load(g_s1 + row * size + _at(zero, HEAD, HIDDEN, of_in))
+            H2 = gl.load(g_s2 + row * size + _at(zero, HIDDEN, HEAD, of_out))
 
     for back in range(count):
         zero = _unknown_zero(length)
@@ -163,28 +193,30 @@ def write_backward_resident_kernel(
         g_w2_now.store(G2.to(bf16))
         if MOMENTUM:
             g_s1_now, g_s2_now = g_operands_s1.index(zero), g_operands_s2.index(zero)
-            g_s1_now.store(H1.to(bf16))
-            g_s2_now.store(H2.to(bf16))
+            if not PARKED:
+                g_s1_now.store(H1.to(bf16))
+                g_s2_now.store(H2.to(bf16))
         r = _anew(gl.arange(0, CHUNK, layout=gl.SliceLayout(1, part)) + zero)
         valid = (r < length)[:, None]
         add_w = gl.load(add + of_chunk * 2 * CHUNK + r)[:, None]
         add_s = gl.load(add + of_chunk * 2 * CHUNK + CHUNK + r)[:, None]
-        for i in gl.static_range(0, CHUNK, STEP):
-            gl.barrier()
-            step_r = _anew(gl.arange(0, STEP, layout=gl.SliceLayout(1, in_rows)) + (i + zero))
-            step_c = gl.arange(0, HIDDEN, layout=gl.SliceLayout(0, in_rows))
-            at = step_r[:, None] * HIDDEN + step_c[None, :]
-            step_valid = (step_r < length)[:, None]
-            z1 = gl.load(inner + hidden + at, mask=step_valid, other=0.0).to(f32)
+        # The activation once for all: of the keys' units, their slopes, descents, and descents times curvature.
+        for i in gl.static_range(0, CHUNK, ROWS):
+            debug_barrier()
+            few_r = _anew(gl.arange(0, ROWS, layout=gl.SliceLayout(1, few_units)) + (i + zero))
+            unit = gl.arange(0, HIDDEN, layout=gl.SliceLayout(0, few_units))
+            at = few_r[:, None] * HIDDEN + unit[None, :]
+            few_valid = (few_r < length)[:, None]
+            z1 = gl.load(inner + hidden + at, mask=few_valid, other=0.0).to(f32)
             active, slope, curvature = activate(z1, ACTIVATION)
-            a.slice(i, STEP, 0).store(active.to(bf16))
-            slopes.index(zero).slice(i, STEP, 0).store(slope.to(bf16))
-            x = gl.load(pulled + hidden + at, mask=step_valid, other=0.0).to(f32)
-            d1.slice(i, STEP, 0).store((x * slope).to(bf16))
-            bends.index(zero).slice(i, STEP, 0).store((x * curvature).to(bf16))
+            a.slice(i, ROWS, 0).store(active.to(bf16))
+            slopes.index(zero).slice(i, ROWS, 0).store(slope.to(bf16))
+            x = gl.load(pulled + hidden + at, mask=few_valid, other=0.0).to(f32)
+            d1.slice(i, ROWS, 0).store((x * slope).to(bf16))
+            bends.index(zero).slice(i, ROWS, 0).store((x * curvature).to(bf16))
         async_copy.wait_group(0)
         fence_async_shared()
-        gl.barrier()
+        debug_barrier()
 
         # The first layer's part of the keys, while its descents are there.
         x = key.load(part).to(f32)
@@ -207,7 +239,7 @@ def write_backward_resident_kernel(
         if MOMENTUM:
             g_s1_now, g_s2_now = g_operands_s1.index(zero), g_operands_s2.index(zero)
         for j in gl.static_range(0, HIDDEN, PART):
-            gl.barrier()
+            debug_barrier()
             at = _tile_at(zero, j, CHUNK, PART, HIDDEN, part)
             g = warpgroup_mma(key, g_w1_now.slice(j, PART, 1), gl.zeros([CHUNK, PART], f32, part)) * add_w
             if MOMENTUM:
@@ -232,12 +264,13 @@ def write_backward_resident_kernel(
         gains = c * 0.0
         biases = c * 0.0
         if RESIDUAL:
-            gains = gl.load(gain + head * HEAD + c)
-            biases = gl.load(bias + head * HEAD + c)
+            of_head = _anew_scalar(head) * HEAD
+            gains = gl.load(gain + of_head + c)
+            biases = gl.load(bias + of_head + c)
         of_gain = gl.zeros([ROWS, HEAD], f32, few)
         of_bias = gl.zeros([ROWS, HEAD], f32, few)
         for i in gl.static_range(0, CHUNK, ROWS):
-            gl.barrier()
+            debug_barrier()
             few_r = _anew(gl.arange(0, ROWS, layout=gl.SliceLayout(1, few)) + (i + zero))
             few_valid = (few_r < length)[:, None]
             token = few_r[:, None] * (heads * HEAD) + c[None, :]
@@ -279,7 +312,7 @@ def write_backward_resident_kernel(
         if MOMENTUM:
             g_s2_now = g_operands_s2.index(zero)
         for j in gl.static_range(0, HIDDEN, PART):
-            gl.barrier()
+            debug_barrier()
             at = _tile_at(zero, j, CHUNK, PART, HIDDEN, part)
             up = warpgroup_mma(d2, g_w2_now.slice(j, PART, 0).permute((1, 0)), gl.zeros([CHUNK, PART], f32, part))
             g_a = up * add_w
@@ -319,19 +352,34 @@ def write_backward_resident_kernel(
         keep_w = gl.load(keep + of_chunk * 4)
         keep_t = gl.load(keep + of_chunk * 4 + 1)
         keep_s = gl.load(keep + of_chunk * 4 + 2)
+        here = _anew_scalar(row) * size
         at_in = _at(zero, HEAD, HIDDEN, of_in)
         at_out = _at(zero, HIDDEN, HEAD, of_out)
         if MOMENTUM:
-            w, t, s = _inner_products(G1, H1, w1_now.load(of_in).to(f32), gl.load(chunk_s1 + saved + at_in).to(f32))
-            gl.barrier()
+            first_s = gl.load(g_s1 + here + at_in) if PARKED else H1
+            w, t, s = _inner_products(
+                G1, first_s, w1_now.load(of_in).to(f32), gl.load(chunk_s1 + saved + at_in).to(f32)
+            )
+            debug_barrier()
+            first_s = gl.load(from_s1 + saved + at_in).to(f32) + keep_t * G1 + keep_s * first_s
+            if PARKED:
+                gl.store(g_s1 + here + at_in, first_s)
+                g_operands_s1.index(zero).store(first_s.to(bf16))
+            else:
+                H1 = first_s
+            debug_barrier()
+            last_s = gl.load(g_s2 + here + at_out) if PARKED else H2
             w_2, t_2, s_2 = _inner_products(
-                G2, H2, w2_now.load(of_out).to(f32), gl.load(chunk_s2 + saved + at_out).to(f32)
+                G2, last_s, w2_now.load(of_out).to(f32), gl.load(chunk_s2 + saved + at_out).to(f32)
             )
             of_keep_w, of_keep_t, of_keep_s = w + w_2, t + t_2, s + s_2
-            gl.barrier()
-            H1 = gl.load(from_s1 + saved + at_in).to(f32) + keep_t * G1 + keep_s * H1
-            gl.barrier()
-            H2 = gl.load(from_s2 + saved + at_out).to(f32) + keep_t * G2 + keep_s * H2
+            debug_barrier()
+            last_s = gl.load(from_s2 + saved + at_out).to(f32) + keep_t * G2 + keep_s * last_s
+            if PARKED:
+                gl.store(g_s2 + here + at_out, last_s)
+                g_operands_s2.index(zero).store(last_s.to(bf16))
+            else:
+                H2 = last_s
         else:
             of_keep_w = _inner_product(G1, w1_now.load(of_in).to(f32)) + _inner_product(G2, w2_now.load(of_out).to(f32))
             of_keep_t = 0.0
@@ -339,15 +387,15 @@ def write_backward_resident_kernel(
         gl.store(g_keep + of_chunk * 4, of_keep_w)
         gl.store(g_keep + of_chunk * 4 + 1, of_keep_t)
         gl.store(g_keep + of_chunk * 4 + 2, of_keep_s)
-        gl.barrier()
+        debug_barrier()
         G1 = warpgroup_mma(key.permute((1, 0)), d1, gl.load(from_w1 + saved + at_in).to(f32) + keep_w * G1)
-        gl.barrier()
+        debug_barrier()
         G2 = warpgroup_mma(g_pulled.permute((1, 0)), d2, gl.load(from_w2 + saved + at_out).to(f32) + keep_w * G2)
         G2 = warpgroup_mma(a.permute((1, 0)), g_z2, G2)
 
-        n = batch * chunks + first + count - 1 - back
-        flag = gl.load(flags + n)
-        n = batch * chunks + first + max(count - 2 - back, 0)
+        of_batch = _anew_scalar(batch * chunks + first)
+        flag = gl.load(flags + of_batch + (count - 1 - back))
+        n = of_batch + max(count - 2 - back, 0)
         begin = gl.load(begins + n)
         length = gl.load(lengths + n)
         of_chunk = _anew_scalar(row * count + max(count - 2 - back, 0))
@@ -358,33 +406,48 @@ def write_backward_resident_kernel(
         async_copy.commit_group()
         if STARTS:
             if (flag & RESET) != 0:
-                at_in = _at(zero, HEAD, HIDDEN, of_in)
-                at_out = _at(zero, HIDDEN, HEAD, of_out)
-                gl.store(g_begin_w1 + row * size + at_in, gl.load(g_begin_w1 + row * size + at_in) + G1)
-                gl.store(g_begin_w2 + row * size + at_out, gl.load(g_begin_w2 + row * size + at_out) + G2)
-                G1 = gl.zeros([HEAD, HIDDEN], f32, of_in)
-                G2 = gl.zeros([HIDDEN, HEAD], f32, of_out)
+                here = _anew_scalar(row) * size
+                G1 = _moved(G1, g_begin_w1 + here, _anew(zero), HEAD, HIDDEN, of_in)
+                G2 = _moved(G2, g_begin_w2 + here, _anew(zero), HIDDEN, HEAD, of_out)
                 if MOMENTUM:
-                    gl.store(g_begin_s1 + row * size + at_in, gl.load(g_begin_s1 + row * size + at_in) + H1)
-                    gl.store(g_begin_s2 + row * size + at_out, gl.load(g_begin_s2 + row * size + at_out) + H2)
-                    H1 = gl.zeros([HEAD, HIDDEN], f32, of_in)
-                    H2 = gl.zeros([HIDDEN, HEAD], f32, of_out)
+                    if PARKED:
+                        first_s = _loaded(g_s1 + here, zero, HEAD, HIDDEN, of_in)
+                        first_s = _moved(first_s, g_begin_s1 + here, zero, HEAD, HIDDEN, of_in)
+                        gl.store(g_s1 + here + _at(zero, HEAD, HIDDEN, of_in), first_s)
+                        g_operands_s1.index(zero).store(first_s.to(bf16))
+                        last_s = _loaded(g_s2 + here, zero, HIDDEN, HEAD, of_out)
+                        last_s = _moved(last_s, g_begin_s2 + here, zero, HIDDEN, HEAD, of_out)
+                        gl.store(g_s2 + here + _at(zero, HIDDEN, HEAD, of_out), last_s)
+                        g_operands_s2.index(zero).store(last_s.to(bf16))
+                    else:
+                        H1 = _moved(H1, g_begin_s1 + here, _anew(zero), HEAD, HIDDEN, of_in)
+                        H2 = _moved(H2, g_begin_s2 + here, _anew(zero), HIDDEN, HEAD, of_out)
         if LIMITED:
             if (flag & BORDER) != 0:
+                here = _anew_scalar(row) * size
                 # The largest first: an exploding gradient's own squares are infinite long before it is.
                 top = gl.maximum(_largest(G1), _largest(G2))
                 if MOMENTUM:
-                    top = gl.maximum(top, gl.maximum(_largest(H1), _largest(H2)))
+                    top = gl.maximum(top, _largest(_loaded(g_s1 + here, zero, HEAD, HIDDEN, of_in) if PARKED else H1))
+                    top = gl.maximum(top, _largest(_loaded(g_s2 + here, zero, HIDDEN, HEAD, of_out) if PARKED else H2))
                 top = gl.maximum(top, 1.1754943508222875e-38)
-                square = _inner_product(G1 / top, G1 / top) + _inner_product(G2 / top, G2 / top)
+                square = _square(G1, top) + _square(G2, top)
                 if MOMENTUM:
-                    square += _inner_product(H1 / top, H1 / top) + _inner_product(H2 / top, H2 / top)
+                    square += _square(_loaded(g_s1 + here, zero, HEAD, HIDDEN, of_in) if PARKED else H1, top)
+                    square += _square(_loaded(g_s2 + here, zero, HIDDEN, HEAD, of_out) if PARKED else H2, top)
                 norm = top * gl.sqrt(square)
                 most = gl.load(largest + row)
-                if not norm <= most:
-                    G1 = _shortened(G1, norm, most)
-                    G2 = _shortened(G2, norm, most)
-                    if MOMENTUM:
+                G1 = _shortened(G1, norm, most)
+                G2 = _shortened(G2, norm, most)
+                if MOMENTUM:
+                    if PARKED:
+                        first_s = _shortened(_loaded(g_s1 + here, zero, HEAD, HIDDEN, of_in), norm, most)
+                        gl.store(g_s1 + here + _at(zero, HEAD, HIDDEN, of_in), first_s)
+                        g_operands_s1.index(zero).store(first_s.to(bf16))
+                        last_s = _shortened(_loaded(g_s2 + here, zero, HIDDEN, HEAD, of_out), norm, most)
+                        gl.store(g_s2 + here + _at(zero, HIDDEN, HEAD, of_out), last_s)
+                        g_operands_s2.index(zero).store(last_s.to(bf16))
+                    else:
                         H1 = _shortened(H1, norm, most)
                         H2 = _shortened(H2, norm, most)
 
@@ -393,28 +456,24 @@ def write_backward_resident_kernel(
     gl.store(g_w1 + row * size + _at(zero, HEAD, HIDDEN, of_in), G1)
     gl.store(g_w2 + row * size + _at(zero, HIDDEN, HEAD, of_out), G2)
     if MOMENTUM:
-        gl.store(g_s1 + row * size + _at(zero, HEAD, HIDDEN, of_in), H1)
-        gl.store(g_s2 + row * size + _at(zero, HIDDEN, HEAD, of_out), H2)
+        if not PARKED:
+            gl.store(g_s1 + row * size + _at(zero, HEAD, HIDDEN, of_in), H1)
+            gl.store(g_s2 + row * size + _at(zero, HIDDEN, HEAD, of_out), H2)
 
 
 OPTIONS: tuple[tuple[str, dict[str, object]], ...] = (
-    ("x1 l2", {}),
-    ("x1 huber documents limited", {"LOSS": "huber", "STARTS": True, "LIMITED": True}),
-    ("x1 no norm dot silu", {"RESIDUAL": False, "LOSS": "dot", "ACTIVATION": "silu"}),
-    ("x1 no momentum", {"MOMENTUM": False}),
-    ("x2 no momentum", {"MOMENTUM": False, "HIDDEN": 128}),
-    (
-        "x2 no momentum huber documents limited",
-        {"MOMENTUM": False, "HIDDEN": 128, "LOSS": "huber", "STARTS": True, "LIMITED": True},
-    ),
+    ("l2", {}),
+    ("huber documents limited", {"LOSS": "huber", "STARTS": True, "LIMITED": True}),
+    ("no momentum", {"MOMENTUM": False}),
+    ("no norm dot silu", {"RESIDUAL": False, "LOSS": "dot", "ACTIVATION": "silu"}),
 )
 
 
 def configurations() -> Iterator[Configuration]:
-    """With gelu, momentum and norm but where the name says otherwise."""
-    for name, options in OPTIONS:
+    """Every size `supports` knows, with gelu, momentum and norm but where the name says otherwise."""
+    for (size, hidden), (name, options) in product((("x1", 64), ("x2", 128)), OPTIONS):
         constants: dict[str, object] = {
-            "HEAD": 64, "HIDDEN": 64, "DIM": 64, "BLOCK": 32, "CHUNK": 64, "DEPTH": 2, "MOMENTUM": True,
+            "HEAD": 64, "HIDDEN": hidden, "DIM": 64, "BLOCK": 32, "CHUNK": 64, "DEPTH": 2, "MOMENTUM": True,
             "RESIDUAL": True, "LOSS": "l2", "ACTIVATION": "gelu", "STARTS": False, "LIMITED": False,
             "PRECISION": "tf32", **options,
         }  # fmt: skip
@@ -435,4 +494,4 @@ def configurations() -> Iterator[Configuration]:
             types["largest"] = "*fp32"
         kernel = write_backward_resident_kernel
         constants |= dict.fromkeys(x for x in kernel.arg_names if x not in types and x not in constants)
-        yield Configuration(f"write_backward_resident {name}", kernel, types, constants, WARPS)
+        yield Configuration(f"write_backward_resident {size} {name}", kernel, types, constants, WARPS)

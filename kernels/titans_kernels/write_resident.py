@@ -19,11 +19,11 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
+from triton.language import debug_barrier
 
 from titans_kernels.activation import activate
 from titans_kernels.ahead_of_time import Configuration
-from titans_kernels.descent import _output_descent as output_descent
-from titans_kernels.descent import normalize, through_norm
+from titans_kernels.descent import normalize, output_descent, through_norm
 from titans_kernels.write import RESET
 
 WARPS = 8
@@ -172,7 +172,7 @@ def write_resident_kernel(
         gates_s = gates_w + CHUNK
         async_copy.wait_group(0)
         fence_async_shared()
-        gl.barrier()
+        debug_barrier()
 
         # The network's output; meanwhile the keys that will be written.
         if DEPTH == 2:

@@ -525,6 +525,7 @@ def _language() -> types.SimpleNamespace:
         sqrt=lambda x: _elementwise(torch.sqrt, x), rsqrt=lambda x: _elementwise(torch.rsqrt, x),
         maximum=lambda x, y: _elementwise(torch.maximum, x, y), minimum=lambda x, y: _elementwise(torch.minimum, x, y),
         allocate_shared_memory=_allocate, barrier=lambda: _now().synchronize(),
+        debug_barrier=lambda: _now().synchronize(),
         fence_async_shared=lambda: _now().fence(),
         warpgroup_mma=_warpgroup_mma, warpgroup_mma_wait=_warpgroup_mma_wait,
         async_copy_global_to_shared=_copy_global_to_shared, commit_group=_commit_group, wait_group=_wait_group,

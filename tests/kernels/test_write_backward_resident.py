@@ -1,4 +1,4 @@
-"""The write pass backward with its adjoint in registers, in an emulated Gluon, against autograd of the chunks' equations."""
+"""The write pass backward with its adjoint in registers, in an emulated Gluon, against autograd of the forward pass."""
 
 from __future__ import annotations
 
@@ -18,8 +18,6 @@ from tests.kernels.test_write_resident import (
     EXACT,
     Memory,
     assert_close,
-    compiled,
-    unfenced,
 )
 from titans_kernels import write_backward_resident
 
@@ -43,8 +41,6 @@ class Limit(torch.autograd.Function):
 class Backward(Memory):
     """What the reads ask of every chunk, the forward pass the kernel starts from, and the gradients by autograd."""
 
-    limited: bool = False
-
     def __init__(self, limited: bool = False, **options: Any) -> None:
         super().__init__(**options)
         self.limited = limited
@@ -58,13 +54,9 @@ class Backward(Memory):
 
     def run(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """What the forward pass leaves, and the gradients."""
-        k, v, limit, add, keep = (
-            x.clone().requires_grad_() for x in (self.k, self.v, self.limit, self.add, self.keep)
-        )
+        k, v, limit, add, keep = (x.clone().requires_grad_() for x in (self.k, self.v, self.limit, self.add, self.keep))
         head_of = [row % self.heads for row in range(self.rows)]
-        gain, bias = (
-            x[head_of][:, None].repeat(1, self.count, 1).requires_grad_() for x in (self.gain, self.bias)
-        )
+        gain, bias = (x[head_of][:, None].repeat(1, self.count, 1).requires_grad_() for x in (self.gain, self.bias))
         before = {x: w.clone().requires_grad_() for x, w in self.state.items()}
         begin = {x: w.clone().requires_grad_() for x, w in self.begin.items()}
         left = {f"chunk_{x}": self.nothing(*w.shape[1:]) for x, w in before.items()}
@@ -88,7 +80,9 @@ class Backward(Memory):
                 a = ACTIVATIONS[self.activation](z1)
                 z2 = a @ state["w2"]
                 (slope,) = torch.autograd.grad(a.sum(), z1, create_graph=True)
-                d2 = self.descent_of(z2, key, v[batch, tokens, head], limit[batch, tokens, head], gain[row, i], bias[row, i])
+                d2 = self.descent_of(
+                    z2, key, v[batch, tokens, head], limit[batch, tokens, head], gain[row, i], bias[row, i]
+                )
                 pulled = d2 @ state["w2"].T
                 d1 = pulled * slope
                 asked = {x: w[row, i] for x, w in self.asked.items()}
@@ -221,6 +215,11 @@ def test_documents_tails_empty_chunks_and_limits(size: str, limited: bool) -> No
     check(Backward(**SIZES[size], **DOCUMENTS, loss="huber", limited=limited), EXACT, 1e-9)
 
 
+@pytest.mark.parametrize("size", SIZES)
+def test_limits_between_all_chunks(size: str) -> None:
+    check(Backward(**SIZES[size], lengths=[[64, 64, 30]], heads=2, limited=True), EXACT, 1e-9)
+
+
 def test_a_segment_of_the_chunks() -> None:
     memory = Backward(lengths=[[64, 20, 64, 33], [64, 64, 5, 0]], heads=2, first=2)
     left, expected = memory.run()
@@ -236,9 +235,3 @@ def test_bfloat16(size: str) -> None:
     memory = Backward(**SIZES[size], **DOCUMENTS, activation="gelu")
     memory.k, memory.v = memory.k.bfloat16().double(), memory.v.bfloat16().double()
     check(memory, BFLOAT16, 4e-2, of_keep=0.25)  # few numbers, each a sum of many that cancel each other
-
-
-@pytest.mark.aot
-def test_compiled_code_fences_before_wgmma() -> None:
-    for name, ptx in compiled("write_backward_resident").items():
-        assert unfenced(ptx) == [], name

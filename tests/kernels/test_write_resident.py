@@ -9,7 +9,7 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tests.kernels.gluon_emulator import EmulationError, Emulator, Half
-from titans_kernels import write_resident
+from titans_kernels import launch, table, write, write_backward_resident, write_resident
 
 CHUNK = 64
 ACTIVATIONS = {"gelu": F.gelu, "silu": F.silu, "relu": F.relu, "identity": lambda x: x}
@@ -264,7 +264,7 @@ MUTATIONS = {
     "no fence after the activation": ("fence_async_shared()", "pass", 1, "no fence_async_shared since"),
     "no fence after the descent": ("fence_async_shared()", "pass", 2, "no fence_async_shared since"),
     "no fence after the inner descent": ("fence_async_shared()", "pass", 3, "no fence_async_shared since"),
-    "no barrier after a fence": ("gl.barrier()", "pass", 0, "no barrier since fence_async_shared"),
+    "no barrier after a fence": ("debug_barrier()", "pass", 0, "no barrier since fence_async_shared"),
     "copies are not awaited": ("async_copy.wait_group(0)", "pass", 0, "before cp.async was waited for"),
     "copies run on": ("async_copy.wait_group(0)", "pass", 1, "ends before its asynchronous copies"),
     "a product is not awaited": ("wait(2, [W2", "wait(4, [W2", 0, "products may be outstanding"),
@@ -301,10 +301,10 @@ def test_the_emulator_finds(name: str, tmp_path: Path) -> None:
 
 
 COMPILE = """
-import importlib, json, sys, triton
-from titans_kernels import ahead_of_time
+import json, triton
+from titans_kernels import ahead_of_time, write_resident
 compile, programs = triton.compile, {}
-for c in importlib.import_module(sys.argv[1]).configurations():
+for c in write_resident.configurations():
     def kept(*arguments, **options):
         compiled = compile(*arguments, **options)
         programs[c.name] = compiled.asm["ptx"]
@@ -315,18 +315,13 @@ print(json.dumps(programs))
 """
 
 
-def compiled(module: str) -> dict[str, str]:
-    """The PTX of a module's configurations, by name."""
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    env["PYTHONPATH"] = str(Path(write_resident.__file__).parents[1])
-    command = [sys.executable, "-c", COMPILE, f"titans_kernels.{module}"]
-    return json.loads(subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE, text=True).stdout)
-
-
 @pytest.mark.aot
 def test_compiled_code_fences_before_wgmma() -> None:
     """On every way through the PTX a wgmma comes after a barrier, that after a fence, and that after all stores."""
-    programs = compiled("write_resident")
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = str(Path(write_resident.__file__).parents[1])
+    done = subprocess.run([sys.executable, "-c", COMPILE], env=env, check=True, stdout=subprocess.PIPE, text=True)
+    programs = json.loads(done.stdout)
     assert len(programs) == len(list(write_resident.configurations()))
     for name, ptx in programs.items():
         assert unfenced(ptx) == [], name
@@ -370,3 +365,21 @@ def unfenced(ptx: str) -> list[int]:
                 state[j] = now
                 work.append(j)
     return sorted(found)
+
+
+def test_the_table_chooses_it() -> None:
+    """Only where the table says so, and only for what it supports."""
+    shape = launch.Shape(
+        1, 64, 2, 64, 128, 2, True, True, True, "l2", "gelu", "after", 64, torch.bfloat16, torch.device("cpu")
+    )
+    kernel, options = launch._sequential(shape, "write")
+    assert kernel is write.write_kernel
+    with table.state_in_registers(shape.device):
+        kernel, options = launch._sequential(shape, "write")
+        assert kernel is write_resident.write_resident_kernel and options["num_warps"] == write_resident.WARPS
+        kernel, options = launch._sequential(shape, "write_backward")
+        assert kernel is write_backward_resident.write_backward_resident_kernel
+        assert set(options) - {"num_warps", "num_stages"} <= set(kernel.arg_names)
+        kernel, _ = launch._sequential(replace(shape, dtype=torch.float32), "write")
+        assert kernel is write.write_kernel
+    assert launch._sequential(shape, "write")[0] is write.write_kernel
