@@ -15,6 +15,25 @@ READS = ("after", "before", "start")
 
 
 @triton.jit
+def _step(w, s, kept, taken, fade, alpha, eta, theta, token, is_own, FORGETS: tl.constexpr, MOMENTUM: tl.constexpr):
+    """One token: what of each write is in W and in S (CHUNK,), and of W_c and S_c in W, of S_c in S."""
+    if FORGETS:
+        left = 1.0 - tl.load(alpha + token)
+        kept = left * kept
+        w = left * w
+        taken = left * taken
+    if MOMENTUM:
+        ratio = tl.load(eta + token)
+        s = ratio * s
+        fade = ratio * fade
+        taken = taken + fade
+    else:
+        s = s * 0.0
+    s = tl.where(is_own, tl.load(theta + token), s)
+    return w + s, s, kept, taken, fade
+
+
+@triton.jit
 def gates_kernel(
     alpha, eta, theta, begins, lengths, write, past, add, keep, length_t, heads, chunks, first, count,
     CHUNK: tl.constexpr, FORGETS: tl.constexpr, MOMENTUM: tl.constexpr, READ: tl.constexpr,
@@ -43,20 +62,7 @@ def gates_kernel(
             tl.store(rows + t * CHUNK + i, w)
             tl.store(pasts + t, kept)
             tl.store(pasts + CHUNK + t, taken)
-        if FORGETS:
-            left = 1.0 - tl.load(alpha + token)
-            kept = left * kept
-            w = left * w
-            taken = left * taken
-        if MOMENTUM:
-            ratio = tl.load(eta + token)
-            s = ratio * s
-            fade = ratio * fade
-            taken = taken + fade
-        else:
-            s = s * 0.0
-        s = tl.where(i == t, tl.load(theta + token), s)
-        w = w + s
+        w, s, kept, taken, fade = _step(w, s, kept, taken, fade, alpha, eta, theta, token, i == t, FORGETS, MOMENTUM)
         if READ == "after":
             tl.store(rows + t * CHUNK + i, w)
             tl.store(pasts + t, kept)
@@ -109,20 +115,9 @@ def gates_backward_kernel(
             tl.store(scalars + t, kept)
             tl.store(scalars + CHUNK + t, taken)
             tl.store(scalars + 2 * CHUNK + t, fade)
-            if FORGETS:
-                left = 1.0 - tl.load(alpha + token)
-                kept = left * kept
-                w = left * w
-                taken = left * taken
-            if MOMENTUM:
-                ratio = tl.load(eta + token)
-                s = ratio * s
-                fade = ratio * fade
-                taken = taken + fade
-            else:
-                s = s * 0.0
-            s = tl.where(i == t, tl.load(theta + token), s)
-            w = w + s
+            w, s, kept, taken, fade = _step(
+                w, s, kept, taken, fade, alpha, eta, theta, token, i == t, FORGETS, MOMENTUM
+            )
             token += heads
         tl.debug_barrier()
         g_w = tl.load(g_add + of_chunk * 2 * CHUNK + i)

@@ -125,3 +125,14 @@ def store_turned(w, value, first, WIDTH: tl.constexpr, HEAD: tl.constexpr, DIM: 
         tl.store(at, value.to(w.dtype.element_ty))
     else:
         tl.store(at, value.to(w.dtype.element_ty), mask=(c < WIDTH)[None, :] & (d < HEAD)[:, None])
+
+
+@triton.jit
+def load_norm(gain, bias, head, HEAD: tl.constexpr, DIM: tl.constexpr, RESIDUAL: tl.constexpr):
+    """A head's gain and bias (DIM,); zeros where there is no norm."""
+    d = tl.arange(0, DIM)
+    if RESIDUAL:
+        gains = tl.load(gain + head * HEAD + d, mask=d < HEAD, other=0.0)
+        return gains, tl.load(bias + head * HEAD + d, mask=d < HEAD, other=0.0)
+    else:
+        return d * 0.0, d * 0.0

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from titans_kernels import read, read_backward, write, write_backward
+from titans_kernels import gates, read, read_backward, write, write_backward
 from titans_kernels.ahead_of_time import Configuration, Usage, compile_ahead
 from titans_kernels.memory import chunked_memory
 from titans_kernels.table import (
@@ -78,7 +78,8 @@ def configuration(kernel: str, depth: int, dim: int, chunk: int, launch: Launch,
 
 
 def configurations() -> Iterator[Configuration]:
-    """All that sm_90's table holds, and at the usual shape the other choices."""
+    """All that sm_90's table holds, at the usual shape the other choices, and the gates."""
+    yield from gate_configurations()
     for (kernel, depth, dim, chunk), launch in table_of("sm_90").items():
         yield configuration(kernel, depth, dim, chunk, launch)
     others: list[dict[str, object]] = [
@@ -89,6 +90,19 @@ def configurations() -> Iterator[Configuration]:
         if set(choice) <= set(PROGRAMS[kernel].arg_names):
             usual = table_of("sm_90")[kernel, 2, 64, 64]
             yield configuration(kernel, 2, 64, 64, replace(usual, spilled=usual.spilled + SPILLS_ALIKE), **choice)
+
+
+def gate_configurations() -> Iterator[Configuration]:
+    """The gates, with forgetting and momentum."""
+    for program, chunk in itertools.product((gates.gates_kernel, gates.gates_backward_kernel), (16, 32, 64, 128)):
+        constants = {"CHUNK": chunk, "FORGETS": True, "MOMENTUM": True, "READ": "after"}
+        types = {"i32": (*INTEGERS, "total"), "*i32": INDICES}
+        signature = {
+            name: next((kind for kind, names in types.items() if name in names), "*fp32")
+            for name in program.arg_names
+            if name not in constants
+        }
+        yield Configuration(f"{program.__name__} chunk {chunk}", program, signature, dict(constants), 1)
 
 
 def candidates(depth: int, dim: int, chunk: int) -> list[Launch]:

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from titans_kernels.activation import activate
 from titans_kernels.descent import descend
-from titans_kernels.tiles import load_in, load_tokens, load_turned, store_in, store_rows, store_turned
+from titans_kernels.tiles import load_in, load_norm, load_tokens, load_turned, store_in, store_rows, store_turned
 
 RESET = tl.constexpr(1)
 BORDER = tl.constexpr(2)
@@ -48,11 +48,7 @@ def write_kernel(
     column = tl.arange(0, DIM)
     inside = (column < HEAD)[None, :]
     r = tl.arange(0, CHUNK)
-    gains = column * 0.0
-    biases = column * 0.0
-    if RESIDUAL:
-        gains = tl.load(gain + head * HEAD + column, mask=column < HEAD, other=0.0)
-        biases = tl.load(bias + head * HEAD + column, mask=column < HEAD, other=0.0)
+    gains, biases = load_norm(gain, bias, head, HEAD, DIM, RESIDUAL)
     for n in range(first, first + count):
         begin = tl.load(begins + batch * chunks + n)
         length = tl.load(lengths + batch * chunks + n)

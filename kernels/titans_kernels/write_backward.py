@@ -14,6 +14,7 @@ from titans_kernels.activation import activate
 from titans_kernels.descent import descend_back
 from titans_kernels.tiles import (
     load_in,
+    load_norm,
     load_out,
     load_rows,
     load_tokens,
@@ -60,11 +61,7 @@ def write_backward_kernel(
     column = tl.arange(0, DIM)
     inside = (column < HEAD)[None, :]
     r = tl.arange(0, CHUNK)
-    gains = column * 0.0
-    biases = column * 0.0
-    if RESIDUAL:
-        gains = tl.load(gain + head * HEAD + column, mask=column < HEAD, other=0.0)
-        biases = tl.load(bias + head * HEAD + column, mask=column < HEAD, other=0.0)
+    gains, biases = load_norm(gain, bias, head, HEAD, DIM, RESIDUAL)
     for back in range(0, count):
         n = first + count - 1 - back
         begin = tl.load(begins + batch * chunks + n)
