@@ -65,7 +65,7 @@ FREE_WORDS |= {"tracking__project", "tracking__entity", "conformance__target"}
     [
         ({"model__variant": "mac2"}, "model.variant=mac2 is unknown; choose one of lmm, mac, mag, mal, transf"),
         ({"model__memory__activation": "tanh"}, "choose one of gelu, silu, relu, identity"),
-        ({"model__memory__backend": "fast"}, "model.memory.backend=fast is unknown; choose one of auto, triton, torch, compiled"),
+        ({"model__memory__backend": "fast"}, "backend=fast is unknown; choose one of auto, triton, torch, compiled"),
         ({"model__memory__read": "during"}, "choose one of after, before"),
         ({"model__memory__depth": 5}, "model.memory.depth=5 is out of range; use 1 to 4"),
         (
