@@ -11,8 +11,9 @@ from torch.nn import functional as F
 
 from titans_kernels.activation import ACTIVATIONS
 from titans_kernels.descent import LOSSES
+from titans_kernels.device import on_device_of
 from titans_kernels.gates import READS
-from titans_kernels.launch import Chunks, Inputs, Shape, backward, gates, read, write
+from titans_kernels.launch import Chunks, Inputs, Shape, Work, backward, gates, read, write
 
 LARGEST_HEAD = 128
 LARGEST_TILE = 64 * 128
@@ -72,11 +73,12 @@ def chunked_memory(
         return None if x is None else x.float().contiguous()
 
     gain, bias = (None, None) if norm is None else (x.float().expand(heads, dim).contiguous() for x in norm)
-    y, *after = _ChunkedMemory.apply(
-        shape, chunks, recompute, largest, q.contiguous(), k.contiguous(), v.contiguous(),
-        precise(alpha), precise(eta) if momentum else None, precise(limit) if loss == "huber" else None,
-        precise(theta), gain, bias, *_interleaved(weights, momentum), *others,
-    )  # fmt: skip
+    with on_device_of(q):
+        y, *after = _ChunkedMemory.apply(
+            shape, chunks, recompute, largest, q.contiguous(), k.contiguous(), v.contiguous(),
+            precise(alpha), precise(eta) if momentum else None, precise(limit) if loss == "huber" else None,
+            precise(theta), gain, bias, *_interleaved(weights, momentum), *others,
+        )  # fmt: skip
     slots = 2 if momentum else 1
     return y, after[::slots], after[1::2] if momentum else []
 
@@ -145,23 +147,27 @@ class _ChunkedMemory(torch.autograd.Function):
         state, begin = [x.clone() for x in flat[: shape.slots]], flat[shape.slots :]
         y = torch.empty_like(inputs.q)
         raw = torch.empty_like(y) if shape.residual else y
-        kept = []
+        kept: list[Tensor] = []
         for segment in shape.segments(chunks.count):
-            before = [x.clone() for x in state]
+            kept += [x.clone() for x in state]
             of_segment = gates(shape, inputs, chunks, segment)
             work = write(shape, inputs, chunks, segment, of_segment, state, begin)
             read(shape, inputs, chunks, segment, of_segment, work, y, raw)
-            kept.append((before, None if recompute else work))
-        ctx.save_for_backward(*tensors[:9], raw)
-        ctx.shape, ctx.chunks, ctx.largest, ctx.kept, ctx.begin = shape, chunks, largest, kept, begin
+            if not recompute:
+                kept += [*work.states, work.outputs, work.descents]
+        ctx.save_for_backward(*tensors[:9], raw, *begin, *kept)  # all of it: checkpointing drops what is saved, only
+        ctx.shape, ctx.chunks, ctx.largest, ctx.recompute, ctx.begins = shape, chunks, largest, recompute, len(begin)
         ctx.set_materialize_grads(False)
         return (y, *(shape.apart(x) for x in state))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, g_y: Tensor | None, *g_ends: Tensor | None) -> tuple[Any, ...]:
-        shape, chunks, begin = ctx.shape, ctx.chunks, ctx.begin
-        *tensors, raw = ctx.saved_tensors
+        shape, chunks = ctx.shape, ctx.chunks
+        saved = list(ctx.saved_tensors)
+        tensors, raw, begin, kept = saved[:9], saved[9], saved[10 : 10 + ctx.begins], saved[10 + ctx.begins :]
+        segments = shape.segments(chunks.count)
+        each = len(kept) // len(segments)
         inputs = Inputs(*tensors)
         g_y = torch.zeros_like(inputs.q) if g_y is None else g_y.to(inputs.q.dtype).contiguous()
         grads = Inputs(*(None if x is None else torch.empty_like(x) for x in tensors))  # type: ignore[arg-type]
@@ -175,9 +181,14 @@ class _ChunkedMemory(torch.autograd.Function):
         g_begin = [torch.zeros_like(x) for x in begin]
         largest = None if ctx.largest is None else ctx.largest()
         largest = None if largest is None else largest.float().contiguous()
-        for segment, (before, work) in reversed(list(zip(shape.segments(chunks.count), ctx.kept, strict=True))):
+        for i in reversed(range(len(segments))):
+            segment, of_this = segments[i], kept[i * each : (i + 1) * each]
             of_segment = gates(shape, inputs, chunks, segment)
-            if work is None:
-                work = write(shape, inputs, chunks, segment, of_segment, [x.clone() for x in before], begin)
+            if ctx.recompute:
+                state = [x.clone() for x in of_this]
+                work = write(shape, inputs, chunks, segment, of_segment, state, begin)
+            else:
+                *states, outputs, descents = of_this[shape.slots :]
+                work = Work(states, outputs, descents)
             backward(shape, inputs, chunks, segment, of_segment, work, raw, g_y, largest, grads, ends, g_begin)
         return (*[None] * 4, *grads.tensors(), *(shape.apart(x) for x in (*ends, *g_begin)))

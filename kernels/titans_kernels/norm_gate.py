@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from titans_kernels.ahead_of_time import Configuration
+from titans_kernels.device import on_device_of
 from titans_kernels.sigmoid import sigmoid
 
 WARPS = 8
@@ -21,7 +22,8 @@ ELEMENTS = WARPS * 32 * 16  # of a program: some tokens of one head
 
 def norm_gate(y: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
     """y / rms(y) * weight * SiLU(gate) -> (B, T, H, D); y, gate (B, T, H, D); weight (H, D); rms over D."""
-    return _NormGate.apply(y, gate, weight, eps)
+    with on_device_of(y):
+        return _NormGate.apply(y, gate, weight, eps)
 
 
 class _NormGate(torch.autograd.Function):

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from titans_kernels.ahead_of_time import Configuration
+from titans_kernels.device import on_device_of
 from titans_kernels.sigmoid import sigmoid
 
 CHUNK = 64  # tokens a program writes; it reads kernel - 1 more forward and twice as many backward
@@ -42,7 +43,8 @@ def short_conv(
         raise ValueError("starts and begin come together: the documents' first tokens, and what lies before them")
     if weight.shape[1] > CHUNK // 2:
         raise ValueError(f"the kernel has {weight.shape[1]} taps, at most {CHUNK // 2} are supported")
-    return _ShortConv.apply(x, past, weight, begin, starts, head_dim, unit)
+    with on_device_of(x):
+        return _ShortConv.apply(x, past, weight, begin, starts, head_dim, unit)
 
 
 class _ShortConv(torch.autograd.Function):

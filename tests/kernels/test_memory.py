@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from tests.memory import oracle
 from tests.memory.cases import Case, Result, gradients, in_parts, operator, random_case, random_state
@@ -270,3 +271,36 @@ def test_kernels_that_are_wrong_on_a_device_are_not_used(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(kernels, "gates", wrong)
     assert "on this device they differ from the torch form" in check(spec, *arguments)
+
+
+def test_the_check_before_the_first_use_is_not_seen_by_what_surrounds_it() -> None:
+    """Checkpointing counts the tensors a block saves: those of the check, which runs once, must not be among them."""
+
+    def refuse(x: Tensor) -> Tensor:
+        raise AssertionError("the check saves its tensors in here")
+
+    check, cpu = kernel_check.failed_check.__wrapped__, torch.device("cpu")
+    with torch.no_grad(), torch.autograd.graph.saved_tensors_hooks(refuse, refuse):
+        assert check(MemorySpec(depth=1), 16, 16, "after", torch.float32, cpu) is None
+
+
+def test_checkpointing_drops_all_that_is_kept() -> None:
+    """All that the backward pass needs is among the saved tensors, which checkpointing drops and works out again."""
+    spec = MemorySpec(expansion=1)
+    case = single(random_case(spec, 1, 32, 1, 16, seed=14))
+    leaves = [x.detach().requires_grad_() for x in (case.q, case.k, case.v)]
+    nodes = []
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        given = replace(case, q=q, k=k, v=v)
+        y = operator(spec, given, 16, backend="triton", recompute=False, state_grad_clip=None)[0]
+        nodes.append(y.grad_fn)
+        return y
+
+    wanted = torch.autograd.grad(call(*leaves).square().sum(), leaves)
+    found = torch.autograd.grad(checkpoint(call, *leaves, use_reentrant=False).square().sum(), leaves)
+    for a, b in zip(found, wanted, strict=True):
+        assert torch.equal(a, b)
+    for node in nodes:
+        values = [x for value in vars(node).values() for x in (value if isinstance(value, list | tuple) else [value])]
+        assert values and not any(isinstance(x, Tensor) for x in values)
