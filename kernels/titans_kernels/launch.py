@@ -17,13 +17,14 @@ from torch import Tensor
 from titans_kernels.gates import gates_backward_kernel, gates_kernel
 from titans_kernels.read import read_kernel
 from titans_kernels.read_backward import queries_backward_kernel, reads_backward_kernel
-from titans_kernels.table import launch_of
+from titans_kernels.table import Launch, launch_of
 from titans_kernels.write import write_kernel
 from titans_kernels.write_backward import write_backward_kernel
 
 WORKSPACE_BYTES = 2**30
 """About how much of a segment may be in memory at once, backward: more chunks at a time are more programs at a time."""
 GATE_PROGRAMS = 2048
+SMALLEST = Launch(block=16, warps=8)
 HIDDEN_KINDS = 6
 """Hidden numbers of a chunk's tokens that the kernels of the backward pass hand on."""
 Slots = Sequence[Tensor]
@@ -158,11 +159,13 @@ class Shape:
     def options(self, kernel: str) -> dict[str, object]:
         """Compile-time arguments of a kernel that all of them have, and how it is launched."""
         launch = launch_of(kernel, self.depth, self.dim, self.chunk, self.device)
+        if self.dtype == torch.float32:  # in three parts operands take three times the room
+            launch = SMALLEST
         block = self.dim if self.depth == 1 else launch.block
         return {
             "HEAD": self.head_dim, "HIDDEN": self.hidden, "DIM": self.dim, "BLOCK": block, "CHUNK": self.chunk,
             "DEPTH": self.depth, "MOMENTUM": self.momentum, "ACTIVATION": self.activation,
-            "PRECISION": "ieee" if self.dtype == torch.float32 else "tf32",
+            "PRECISION": "tf32x3",  # of float32 operands; as exact as they are
             "num_warps": launch.warps, "num_stages": launch.stages,
         }  # fmt: skip
 

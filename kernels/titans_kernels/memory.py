@@ -16,7 +16,8 @@ from titans_kernels.gates import READS
 from titans_kernels.launch import Chunks, Inputs, Shape, Work, backward, gates, read, write
 
 LARGEST_HEAD = 128
-LARGEST_TILE = 64 * 128
+LARGEST_TILE = {torch.bfloat16: 64 * 128, torch.float32: 64 * 64}
+"""Padded head dimension times chunk: what registers and shared memory have room for."""
 
 
 def chunked_memory(
@@ -55,8 +56,8 @@ def chunked_memory(
     `group_size` tokens, a multiple of the chunk's, or None.
 
     Returns y (B, T, H, D) in q's dtype, and weights and momentum after the last token in float32. Products have
-    operands of q's dtype and float32 sums. The same inputs give the same bits. Raises ValueError for what
-    `unsupported` names.
+    operands of q's dtype (float32 ones in three tf32 parts) and float32 sums. The same inputs give the same bits.
+    Raises ValueError for what `unsupported` names.
     """
     batch, length, heads, dim = q.shape
     reason = unsupported(q.dtype, dim, len(weights), chunk_size, activation, loss, read)
@@ -93,9 +94,10 @@ def unsupported(
         return f"form for memories of {depth} layers: use 1 or 2"
     if head_dim > LARGEST_HEAD:
         return f"form for heads of {head_dim} dimensions: use {LARGEST_HEAD} or fewer"
-    largest = LARGEST_TILE // (64 if head_dim <= 64 else 128)
+    largest = LARGEST_TILE[dtype] // (64 if head_dim <= 64 else 128)
     if chunk_size > largest:
-        return f"form for chunks of {chunk_size} tokens of heads of {head_dim}: use chunks of {largest} or fewer"
+        what = f"form for chunks of {chunk_size} tokens of heads of {head_dim} in {str(dtype).removeprefix('torch.')}"
+        return f"{what}: use chunks of {largest} or fewer"
     for name, given, known in (("activation", activation, ACTIVATIONS), ("loss", loss, LOSSES), ("read", read, READS)):
         if given not in known:
             return f"{name} {given!r}: use {', '.join(known)}"

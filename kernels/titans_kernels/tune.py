@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from titans_kernels import gates, read, read_backward, write, write_backward
 from titans_kernels.ahead_of_time import Configuration, Usage, compile_ahead
+from titans_kernels.launch import SMALLEST
 from titans_kernels.memory import chunked_memory
 from titans_kernels.table import (
     KERNELS,
@@ -59,7 +60,7 @@ def configuration(kernel: str, depth: int, dim: int, chunk: int, launch: Launch,
     constants: dict[str, object] = {
         "HEAD": dim, "HIDDEN": dim * EXPANSION if depth == 2 else dim, "DIM": dim, "CHUNK": chunk, "DEPTH": depth,
         "BLOCK": launch.block if depth == 2 else dim, "MOMENTUM": True, "RESIDUAL": True, "LOSS": "l2",
-        "ACTIVATION": "gelu", "STARTS": False, "LIMITED": True, "PRECISION": "tf32", **choices,
+        "ACTIVATION": "gelu", "STARTS": False, "LIMITED": True, "PRECISION": "tf32x3", **choices,
     }  # fmt: skip
     constants = {name: value for name, value in constants.items() if name in program.arg_names}
 
@@ -80,6 +81,7 @@ def configuration(kernel: str, depth: int, dim: int, chunk: int, launch: Launch,
 def configurations() -> Iterator[Configuration]:
     """All that sm_90's table holds, at the usual shape the other choices, and the gates."""
     yield from gate_configurations()
+    yield from float32_configurations()
     for (kernel, depth, dim, chunk), launch in table_of("sm_90").items():
         yield configuration(kernel, depth, dim, chunk, launch)
     others: list[dict[str, object]] = [
@@ -90,6 +92,14 @@ def configurations() -> Iterator[Configuration]:
         if set(choice) <= set(PROGRAMS[kernel].arg_names):
             usual = table_of("sm_90")[kernel, 2, 64, 64]
             yield configuration(kernel, 2, 64, 64, replace(usual, spilled=usual.spilled + SPILLS_ALIKE), **choice)
+
+
+def float32_configurations() -> Iterator[Configuration]:
+    """Every kernel at the usual shape in float32, which is there to be exact, not fast: it spills."""
+    for kernel in KERNELS:
+        c = configuration(kernel, 2, 64, 64, SMALLEST)
+        signature = {name: "*fp32" if kind == "*bf16" else kind for name, kind in c.signature.items()}
+        yield replace(c, name=f"{c.name} float32", signature=signature, most_spilled=2048)
 
 
 def gate_configurations() -> Iterator[Configuration]:

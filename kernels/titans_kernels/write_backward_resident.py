@@ -475,7 +475,7 @@ def configurations() -> Iterator[Configuration]:
         constants: dict[str, object] = {
             "HEAD": 64, "HIDDEN": hidden, "DIM": 64, "BLOCK": 32, "CHUNK": 64, "DEPTH": 2, "MOMENTUM": True,
             "RESIDUAL": True, "LOSS": "l2", "ACTIVATION": "gelu", "STARTS": False, "LIMITED": False,
-            "PRECISION": "tf32", **options,
+            "PRECISION": "tf32x3", **options,
         }  # fmt: skip
         slots = [x + y for x in ("ws" if constants["MOMENTUM"] else "w") for y in "12"]
         halves = ["k", "v", "descents", "g_k", "g_v", "g_outputs", "inner", "pulled", "g_inputs", "g_hidden"]

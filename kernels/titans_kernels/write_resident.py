@@ -315,7 +315,7 @@ def configurations() -> Iterator[Configuration]:
     for (size, head, hidden, depth), (name, options) in product(SIZES, OPTIONS):
         constants: dict[str, object] = {
             "HEAD": head, "HIDDEN": hidden, "DIM": head, "BLOCK": hidden, "CHUNK": 64, "DEPTH": depth, "MOMENTUM": True,
-            "RESIDUAL": True, "LOSS": "l2", "ACTIVATION": "gelu", "STARTS": False, "PRECISION": "tf32", **options,
+            "RESIDUAL": True, "LOSS": "l2", "ACTIVATION": "gelu", "STARTS": False, "PRECISION": "tf32x3", **options,
         }  # fmt: skip
         slots = [x + y for x in ("ws" if constants["MOMENTUM"] else "w") for y in "12"[-depth:]]
         types = dict.fromkeys(["k", "v", "descents", *(f"chunk_{x}" for x in slots)], "*bf16")

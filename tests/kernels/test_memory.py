@@ -221,7 +221,12 @@ BAD: dict[str, tuple[MemorySpec, Callable[[Case], Case], int, str]] = {
     "channels": (MemorySpec(expansion=2, channel_wise=True), single, 16, "channel-wise gates"),
     "loss": (MemorySpec(expansion=2, bias="lp"), single, 16, "loss 'lp': use l2, dot, huber"),
     "depth": (MemorySpec(depth=3, expansion=1), single, 16, "memories of 3 layers"),
-    "chunk": (MemorySpec(expansion=1), single, 256, "chunks of 256 tokens of heads of 16: use chunks of 128 or fewer"),
+    "chunk": (
+        MemorySpec(expansion=1),
+        single,
+        256,
+        "chunks of 256 tokens of heads of 16 in float32: use chunks of 64 or fewer",
+    ),
     "dtype": (MemorySpec(expansion=1), lambda case: case, 16, "float64 has no kernels"),
 }
 
