@@ -151,7 +151,8 @@ class _ChunkedMemory(torch.autograd.Function):
         raw = torch.empty_like(y) if shape.residual else y
         kept: list[Tensor] = []
         for segment in shape.segments(chunks.count):
-            kept += [x.clone() for x in state]
+            if recompute:
+                kept += [x.clone() for x in state]
             of_segment = gates(shape, inputs, chunks, segment)
             work = write(shape, inputs, chunks, segment, of_segment, state, begin)
             read(shape, inputs, chunks, segment, of_segment, work, y, raw)
@@ -190,7 +191,7 @@ class _ChunkedMemory(torch.autograd.Function):
                 state = [x.clone() for x in of_this]
                 work = write(shape, inputs, chunks, segment, of_segment, state, begin)
             else:
-                *states, outputs, descents = of_this[shape.slots :]
+                *states, outputs, descents = of_this
                 work = Work(states, outputs, descents)
             backward(shape, inputs, chunks, segment, of_segment, work, raw, g_y, largest, grads, ends, g_begin)
         return (*[None] * 4, *grads.tensors(), *(shape.apart(x) for x in (*ends, *g_begin)))

@@ -64,8 +64,6 @@ def lacking_for(backend: str, spec: MemorySpec, q: Tensor, chunk_size: int, read
         return "gradients at every token's own memory (anchor='token') have no kernels"
     if spec.channel_wise:
         return "channel-wise gates have no kernels"
-    if spec.implicit:
-        return "the implicit step has no kernels"
     from titans_kernels.memory import unsupported
 
     missing = unsupported(q.dtype, q.shape[-1], spec.depth, chunk_size, spec.activation, spec.bias, read)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from titans_dist.memory.chunked import dual_form, group_chunks
+from titans_dist.memory.chunked import dual_form, from_carry, group_chunks, to_carry
 from titans_dist.memory.grad_clip import StateGradClip
 from titans_dist.memory.network import Norm
 from titans_dist.memory.spec import MemorySpec
@@ -92,12 +92,8 @@ def _write_and_read(
 
 def _limited(state: MemoryState, clip: StateGradClip) -> MemoryState:
     """A state between two groups, as it is; the gradient that goes back to it is limited."""
-    batch = state.weights[0].shape[0]
-    layers = [
-        [x.flatten(0, 1) for x in layer] for layer in zip(*filter(None, (state.weights, state.momentum)), strict=True)
-    ]
-    slots = [[x.unflatten(0, (batch, -1)) for x in layer] for layer in clip.slots(layers)]
-    return MemoryState([x[0] for x in slots], [x[1] for x in slots if len(x) > 1])
+    carry = to_carry(state)
+    return from_carry(replace(carry, slots=clip.slots(carry.slots)), *state.weights[0].shape[:2])
 
 
 def _inside(tokens: Tokens, state: MemoryState, start: MemoryState, after: MemoryState) -> MemoryState:
