@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.installed
+LINTER := $(VENV)/checkov/.installed
+# Processes that run tests side by side; each test may start several of its own.
+TEST_WORKERS ?= 2
 
 .PHONY: help train test matrix lint recall clean
 help:  ## What can be made
@@ -11,8 +14,8 @@ help:  ## What can be made
 train: $(READY)  ## Train a small Titans model: prepare, train, kill, resume, evaluate
 	$(BIN)/titans-dist quickstart
 
-test: $(READY) lint  ## Check the code and run the test suite, but for the whole matrix of models and layouts
-	$(BIN)/python -m pytest -m "not matrix" --durations=20
+test: $(READY) $(LINTER) lint  ## Check the code and run the test suite, but for the whole matrix of models and layouts
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) -m "not matrix" --durations=20
 
 matrix: $(READY)  ## Every model on every layout equals one process: 20 minutes at most
 	$(BIN)/python -m pytest tests/parallel -m matrix
@@ -33,6 +36,12 @@ $(READY): pyproject.toml constraints.txt install-torch
 	./install-torch $(BIN)/python
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[all,test]"
 	$(BIN)/python -m pip check
+	@touch $@
+
+# The linter of pods: its pins do not agree with ours, so it has an environment of its own.
+$(LINTER): $(READY) tests/k8s/checkov.txt
+	$(PYTHON) -m venv $(VENV)/checkov
+	$(VENV)/checkov/bin/python -m pip install --quiet --requirement tests/k8s/checkov.txt
 	@touch $@
 
 clean:  ## Remove the virtual environment and caches; data and runs stay

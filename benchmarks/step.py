@@ -46,7 +46,7 @@ def measure(layout: list[str], overrides: list[str], folder: Path) -> list[dict]
     """The counted training rows of one run; exits with the run's own code and message if it fails."""
     steps = WARMUP + COUNTED
     command = [sys.executable, "-m", "titans_launch", "train", "data=synthetic", f"training.steps={steps}",
-               f"training.checkpoint_interval={steps}", f"hydra.run.dir={folder}",
+               f"checkpoint.interval={steps}", f"hydra.run.dir={folder}",
                *layout, *overrides]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
     if done.returncode:

@@ -8,6 +8,7 @@ import signal
 os.environ["OMP_NUM_THREADS"] = "1"  # before the first import of torch: forked ranks must not inherit a thread pool
 os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # looking for a GPU must not start CUDA: ranks are forked later
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
@@ -26,9 +27,38 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     terminalreporter.write_line(f"skipped tests: {sum(reasons.values())}")
     for reason, count in reasons.most_common():
         terminalreporter.write_line(f"  {count} x {reason}")
-    left_out = terminalreporter.stats.get("deselected", [])
+    left_out = len(terminalreporter.stats.get("deselected", [])) or max(_left_out, default=0)
     if left_out:
-        terminalreporter.write_line(f"left out by -m or -k: {len(left_out)}")
+        terminalreporter.write_line(f"left out by -m or -k: {left_out}")
+
+
+# Tests side by side (-n 2): a file stays together for the sake of its fixtures, and a folder where all of its tests
+# share one scheduler or API server.
+
+TOGETHER = ("tests/slurm/", "tests/k8s/")
+_left_out: list[int] = []
+"""How many tests each process has left out; the same for all."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return next((folder for folder in TOGETHER if nodeid.startswith(folder)), nodeid.partition("::")[0])
+
+    return ByFile(config, log)
+
+
+def pytest_deselected(items: list[pytest.Item]) -> None:
+    if items and (output := getattr(items[0].config, "workeroutput", None)) is not None:
+        output["left_out"] = output.get("left_out", 0) + len(items)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: Any) -> None:
+    _left_out.append(getattr(node, "workeroutput", {}).get("left_out", 0))
 
 
 # A shell starts its background jobs with SIGINT ignored, and their children inherit that: Ctrl-C could not be tested.

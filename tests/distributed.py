@@ -56,7 +56,7 @@ def run_distributed(fn: Callable[..., Any], world: int, *args: Any, timeout_s: f
     Returns the ranks' return values in order of rank; they must be picklable. ``fn`` itself may be a closure.
     Raises RankError for the first rank that failed, died or did not finish in ``timeout_s``; all others are killed.
     """
-    _prepare_parent()
+    prepare_parent()
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
         ranks: _Ranks = []
@@ -77,7 +77,8 @@ def run_distributed(fn: Callable[..., Any], world: int, *args: Any, timeout_s: f
                 receiver.close()
 
 
-def _prepare_parent() -> None:
+def prepare_parent() -> None:
+    """What a process imports and sets before it forks ranks."""
     import torch
 
     torch.set_num_threads(1)

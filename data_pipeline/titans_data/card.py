@@ -10,7 +10,7 @@ from typing import Any
 
 from titans_data.errors import DataError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 CARD_NAME = "dataset.json"
 TOKENIZER_FOLDER = "tokenizer"
 SPLITS = ("train", "validation")
@@ -39,6 +39,18 @@ class PrepareOptions:
     """Upper bound on the text that `bpe` trains on, sampled evenly from the whole corpus."""
     validation_fraction: float = 0.01
     """Share of the documents held out, chosen by a hash of their content."""
+    deduplicate: bool = False
+    """Whether only the first of equal texts, in corpus order, is kept."""
+    min_characters: int | None = None
+    """Leave out documents with fewer characters. This and the following filters are off when None."""
+    max_characters: int | None = None
+    """Leave out documents with more characters."""
+    max_compression_ratio: float | None = None
+    """Leave out documents whose UTF-8 is more than so many times what zlib needs: repetition, boilerplate."""
+    min_compression_ratio: float | None = None
+    """Leave out documents whose UTF-8 is less than so many times what zlib needs: noise, base64."""
+    max_repeated_lines: float | None = None
+    """Leave out documents with a larger share of their characters in lines seen before in the document."""
     page_tokens: int = 8192
     """Tokens per page, the unit of storage and of reading."""
     shard_bytes: int = 64 * 1024 * 1024
@@ -62,6 +74,14 @@ class PrepareOptions:
             raise DataError(f"tokenizer_sample_bytes is {self.tokenizer_sample_bytes}: give at least 1")
         if not 0.0 <= self.validation_fraction < 1.0:
             raise DataError(f"validation_fraction is {self.validation_fraction}: give a number from 0 to below 1")
+        for name in ("min_characters", "max_characters", "max_compression_ratio", "min_compression_ratio"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise DataError(f"{name} is {value}: give a number above 0, or leave it out to filter nothing")
+        if self.max_repeated_lines is not None and not 0.0 <= self.max_repeated_lines <= 1.0:
+            raise DataError(
+                f"max_repeated_lines is {self.max_repeated_lines}: give a share from 0 to 1, or leave it out"
+            )
         if not 1 <= self.page_tokens <= 1 << 24:
             raise DataError(f"page_tokens is {self.page_tokens}: give a whole number from 1 to {1 << 24}")
         # A page takes at most 4 bytes per token and 4 per document start; MDS stores offsets in 32 bits.
@@ -74,20 +94,30 @@ class PrepareOptions:
 
 @dataclass
 class CorpusCounts:
-    """What the corpus readers met on the way."""
+    """What became of the corpus: every document met is kept, empty, filtered or a duplicate."""
 
     documents: int = 0
     """Documents kept."""
+    bytes_read: int = 0
+    """UTF-8 bytes of all documents met, kept or not."""
     empty: int = 0
     """Documents dropped because they hold no character but white space."""
+    first_empty: str | None = None
+    """Where the first of them is: a file, `file:line` from 1, or `file[row]` from 0."""
     replaced_documents: int = 0
-    """Documents kept in which undecodable bytes were replaced by U+FFFD."""
+    """Documents, dropped ones included, in which undecodable bytes were replaced by U+FFFD."""
     replaced_sequences: int = 0
     """Undecodable byte sequences replaced, over all documents."""
+    first_replaced: str | None = None
+    """Where the first of them is."""
     garbled_lines: int = 0
     """JSONL lines skipped because they hold no JSON object with a text."""
-    first_garbled: str | None = None
-    """`file:line` of the first of them."""
+    garbled: list[str] = field(default_factory=list)
+    """`file:line` of the first few of them."""
+    filtered: dict[str, int] = field(default_factory=dict)
+    """Documents that a filter dropped, by the name of its option."""
+    duplicates: int = 0
+    """Documents dropped because the same text came earlier in the corpus."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +126,12 @@ class FileCard:
     """Path below the dataset folder, with forward slashes."""
     size_bytes: int
     sha256: str
+
+
+@dataclass(frozen=True)
+class ShardCard(FileCard):
+    tokens: int
+    """Tokens in its pages, all of which are full but the last of the shard."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +146,8 @@ class SplitCard:
     bits per byte = mean loss in nats per token * tokens / bytes / ln 2.
     """
     index: FileCard
-    shards: tuple[FileCard, ...]
+    shards: tuple[ShardCard, ...]
+    """In the order of the stream."""
 
 
 @dataclass(frozen=True)
@@ -185,7 +222,7 @@ def _card_from_json(content: dict[str, Any]) -> DatasetCard:
             tokens=split["tokens"],
             bytes=split["bytes"],
             index=FileCard(**split["index"]),
-            shards=tuple(FileCard(**shard) for shard in split["shards"]),
+            shards=tuple(ShardCard(**shard) for shard in split["shards"]),
         )
         for name, split in content["splits"].items()
     }

@@ -7,15 +7,24 @@ apart: they are local to the span that was read, start at 0 and grow by one at e
 from __future__ import annotations
 
 import hashlib
+import json
+import os
+from bisect import bisect_right
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 
-from titans_data._imports import import_streaming
-from titans_data.card import check_sizes, load_card
+from titans_data.cache import DEFAULT_CACHE_BYTES
+from titans_data.card import FileCard, ShardCard, SplitCard
 from titans_data.errors import DataError
-from titans_data.pages import column_types, decode_page, page_count
+from titans_data.files import dataset_files
+from titans_data.mds import has_layout, parse_page, read_sample
+from titans_data.pages import page_count
+from titans_data.remote import Retries, is_url
+
+T = TypeVar("T")
 
 _TOKEN_DTYPES = ("uint16", "uint32")
 
@@ -40,6 +49,24 @@ class TokenSource(Protocol):
         Bits per byte = mean loss in nats per token / bytes_per_token / ln 2.
         """
 
+    @property
+    def shards(self) -> np.ndarray:
+        """int64 (n + 1,) token offsets: where each of the n files of the stream starts, and where the last ends.
+
+        Reading is cheap as long as it stays within few of them at a time. A source that is not made of files is one.
+        """
+
+    @property
+    def tokenizer(self) -> str | None:
+        """Fingerprint of the tokenizer that the tokens are of, None when unknown."""
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether there is anything to fetch."""
+
+    def fetch(self, start: int, length: int) -> None:
+        """Bring what `read` of this span needs to this machine, from any thread; nothing to do for local sources."""
+
     def read(self, start: int, length: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens start to start + length: ids int64 (length,), documents int32 (length,).
 
@@ -48,19 +75,32 @@ class TokenSource(Protocol):
 
 
 class MdsSource:
-    """One split of a folder that `prepare` wrote.
+    """One split of a dataset that `prepare` wrote, in a local folder or below a URL such as s3://bucket/corpus.
 
-    Pages are read by streaming's LocalDataset, which opens shard files and nothing else. StreamingDataset is not used
-    because opening it is a collective of the whole job and registers the reader in /dev/shm under a machine-wide
-    number: jobs that start together collide there, and killed jobs leave their segments behind.
+    A URL is any that streaming downloads from, or file://. Its files are kept in the folder `cache`, by default one of
+    the user's in the folder for temporary files, which all processes and runs of a node share and which may take
+    `cache_bytes`. Every file is checked against the sha256 on the card before it is read.
 
-    Raises DataError when the folder, the split or a shard is missing or a file's size is not the one on the card.
+    Streaming downloads, but StreamingDataset is not used: opening it is a collective of the whole job and registers
+    the reader in /dev/shm under a machine-wide number. Jobs that start together collide there, and killed jobs leave
+    their segments behind.
+
+    A pickled source opens nothing and asks no remote when it is loaded. `read` and `fetch` may be called from several
+    threads. Raises DataError when the folder, the split or a shard is missing, a file's size is not the one on the
+    card, a URL cannot be read, or the cache cannot be used.
     """
 
-    def __init__(self, folder: str | Path, split: str = "train") -> None:
-        self._folder = Path(folder)
+    def __init__(
+        self,
+        folder: str | Path,
+        split: str = "train",
+        cache: str | Path | None = None,
+        cache_bytes: int = DEFAULT_CACHE_BYTES,
+        retries: Retries | None = None,
+    ) -> None:
+        self._files = dataset_files(folder, cache, cache_bytes, retries)
         self._split = split
-        card = load_card(folder)
+        card = self._files.card()
         if split not in card.splits:
             raise DataError(f"{folder} has no split {split!r}: choose one of {', '.join(card.splits)}")
         split_card = card.splits[split]
@@ -69,63 +109,118 @@ class MdsSource:
                 f"split {split!r} of {folder} is empty: prepare the corpus again with a larger validation_fraction "
                 f"than {card.options.validation_fraction} or with more documents"
             )
-        check_sizes(self._folder, split_card)
+        self._files.check(split_card)
+        self.is_remote = self._files.is_remote
         self._page_tokens = card.page_tokens
         self.num_tokens = split_card.tokens
         self.vocab_size = card.vocab_size
+        self.tokenizer: str | None = card.tokenizer_fingerprint
         self.end_of_document = card.end_of_document
         self.bytes_per_token: float | None = split_card.bytes / split_card.tokens
+        self.shards = np.cumsum([0, *(shard.tokens for shard in split_card.shards)], dtype=np.int64)
         self.fingerprint = hashlib.sha256(f"{card.fingerprint}/{split}".encode()).hexdigest()
-        self._pages = self._open_pages(column_types(np.dtype(card.dtype)))
+        self._shard_cards = split_card.shards
+        self._edges = self.shards.tolist()
+        self._dtype = np.dtype(card.dtype).newbyteorder("<")
+        self._check_index(split_card)
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        # Opened again in the other process, so that streaming comes in by its one door there too.
-        return MdsSource, (self._folder, self._split)
+    def fetch(self, start: int, length: int) -> None:
+        check_span(start, length, self.num_tokens)
+        if self.is_remote:
+            first, last = np.searchsorted(self.shards, (start, start + length - 1), "right") - 1
+            for card in self._shard_cards[first : last + 1]:
+                self._files.fetch(card)
 
     def read(self, start: int, length: int) -> tuple[np.ndarray, np.ndarray]:
         check_span(start, length, self.num_tokens)
         tokens = np.empty(length, np.int64)
-        is_start = np.zeros(length, bool)
-        end = start + length
-        for page in range(start // self._page_tokens, page_count(end, self._page_tokens)):
-            origin = page * self._page_tokens
-            page_tokens, page_starts = self._read_page(page)
-            first, last = max(start - origin, 0), min(end - origin, len(page_tokens))
-            tokens[origin + first - start : origin + last - start] = page_tokens[first:last]
+        documents = np.zeros(length, np.int32)
+        done = 0
+        shard = bisect_right(self._edges, start) - 1
+        while done < length:
+            within = start + done - self._edges[shard]
+            page, first = divmod(within, self._page_tokens)
+            page_tokens, page_starts = self._read_page(shard, page)
+            last = min(first + length - done, len(page_tokens))
+            tokens[done : done + last - first] = page_tokens[first:last]
             inside = page_starts[(page_starts >= first) & (page_starts < last)]
-            is_start[inside + (origin - start)] = True
-        check_tokens(tokens, self.vocab_size, f"split {self._split!r} of {self._folder}")
-        return tokens, document_ids(is_start)
+            documents[inside + (done - first)] = 1
+            done += last - first
+            if start + done == self._edges[shard + 1]:
+                shard += 1
+        documents[0] = 0
+        np.add.accumulate(documents, dtype=np.int32, out=documents)
+        return tokens, documents
 
-    def _open_pages(self, columns: dict[str, str]) -> Any:
-        streaming = import_streaming()
+    def _check_index(self, card: SplitCard) -> None:
+        """Raise DataError unless the index has the shards on the card, laid out as this program reads them."""
         try:
-            pages = streaming.LocalDataset(str(self._folder), self._split)
-            found = [dict(zip(shard.column_names, shard.column_encodings, strict=True)) for shard in pages.shards]
+            shards = self._trying_again(card.index, lambda: json.loads(self._content(card.index)))["shards"]
+            found = [
+                (
+                    f"{self._split}/{shard['raw_data']['basename']}",
+                    shard["samples"],
+                    shard["raw_data"]["bytes"],
+                    has_layout(shard, self._dtype),
+                )
+                for shard in shards
+            ]
+        except DataError:
+            raise
         except Exception as error:  # a damaged index fails in as many ways as there are bytes
             raise DataError(
-                f"{self._folder / self._split} has a damaged index ({error!r}): "
-                f"restore it, or remove {self._folder} and prepare it again"
+                f"{self._files.where(self._split)} has a damaged index ({error!r}): "
+                "restore it, or remove the folder and prepare it again"
             ) from error
-        # Also keeps pickled columns out, which would run code from the index of a foreign folder.
-        if any(other != columns for other in found) or len(pages) != page_count(self.num_tokens, self._page_tokens):
+        if found != [
+            (shard.name, page_count(shard.tokens, self._page_tokens), shard.size_bytes, True) for shard in card.shards
+        ]:
             raise DataError(
-                f"{self._folder / self._split} does not hold the pages on its card: "
-                f"restore it, or remove {self._folder} and prepare it again"
+                f"{self._files.where(self._split)} does not hold the pages on its card: "
+                "restore it, or remove the folder and prepare it again"
             )
-        return pages
 
-    def _read_page(self, page: int) -> tuple[np.ndarray, np.ndarray]:
-        expected = min(self._page_tokens, self.num_tokens - page * self._page_tokens)
+    def _read_page(self, shard: int, page: int) -> tuple[np.ndarray, np.ndarray]:
+        """tokens (n,) and starts (k,) int32 of a page, both read-only."""
+        card = self._shard_cards[shard]
         try:
-            tokens, starts = decode_page(self._pages[page])
-            if tokens.shape != (expected,):
-                raise ValueError(f"{tokens.shape} tokens instead of {expected}")
+            return self._trying_again(card, lambda: self._decode_page(card, page))
+        except DataError:
+            raise
         except Exception as error:  # damaged bytes fail in as many ways as there are bytes
             raise DataError(
-                f"page {page} of split {self._split!r} of {self._folder} cannot be read ({error!r}): "
-                "find the damaged shard with verify and restore it, or prepare the dataset again"
+                f"page {page} of {self._files.where(card.name)} cannot be read ({error!r}): "
+                "restore the file, or prepare the dataset again"
             ) from error
+
+    def _trying_again(self, file: FileCard, read: Callable[[], T]) -> T:
+        """What `read` makes of a file, after downloading it once more if its copy here turns out to be damaged."""
+        try:
+            return read()
+        except DataError:
+            raise
+        except Exception:
+            if not self._files.restore(file):
+                raise
+            return read()
+
+    def _content(self, file: FileCard) -> bytes:
+        with os.fdopen(self._files.open(file), "rb") as content:
+            return content.read()
+
+    def _decode_page(self, card: ShardCard, page: int) -> tuple[np.ndarray, np.ndarray]:
+        descriptor = self._files.open(card)
+        try:
+            sample = read_sample(descriptor, page, card.size_bytes)
+        finally:
+            os.close(descriptor)
+        tokens, starts = parse_page(sample, self._dtype)
+        expected = min(self._page_tokens, card.tokens - page * self._page_tokens)
+        if len(tokens) != expected:
+            raise ValueError(f"{len(tokens)} tokens instead of {expected}")
+        largest = int(tokens.max())
+        if largest >= self.vocab_size:
+            raise ValueError(f"it holds token {largest}, its vocabulary ends at {self.vocab_size - 1}")
         return tokens, starts
 
 
@@ -137,6 +232,8 @@ class TokenFileSource:
     """
 
     bytes_per_token: float | None = None
+    tokenizer: str | None = None
+    is_remote = False
 
     def __init__(
         self, path: str | Path, dtype: str = "uint16", vocab_size: int = 1 << 16, end_of_document: int | None = None
@@ -158,6 +255,7 @@ class TokenFileSource:
                 "give the dtype it was written with or write it again"
             )
         self.num_tokens = size // item_bytes
+        self.shards = np.array([0, self.num_tokens])
         self.vocab_size = vocab_size
         self.end_of_document = end_of_document
         try:
@@ -165,6 +263,9 @@ class TokenFileSource:
         except OSError as error:
             raise DataError(f"{path} cannot be read ({error.strerror}): make it readable") from error
         self.fingerprint = self._fingerprint(dtype)
+
+    def fetch(self, start: int, length: int) -> None:
+        check_span(start, length, self.num_tokens)
 
     def read(self, start: int, length: int) -> tuple[np.ndarray, np.ndarray]:
         check_span(start, length, self.num_tokens)
@@ -191,11 +292,11 @@ def open_source(
     vocab_size: int | None = None,
     end_of_document: int | None = None,
 ) -> TokenSource:
-    """Open a prepared folder (its `split`) or a flat token file (which needs `dtype` and `vocab_size`).
+    """Open a prepared folder or URL (its `split`) or a flat token file (which needs `dtype` and `vocab_size`).
 
     Raises DataError as the sources do.
     """
-    if not Path(path).is_file():
+    if is_url(path) or not Path(path).is_file():
         return MdsSource(path, split)
     if dtype is None or vocab_size is None:
         raise DataError(f"{path} is a flat token file, which does not say its dtype and vocab_size: give both")
@@ -218,5 +319,6 @@ def check_tokens(tokens: np.ndarray, vocab_size: int, where: str) -> None:
 
 def document_ids(is_start: np.ndarray) -> np.ndarray:
     """Bool (n,) "this token starts a document" to int32 (n,) ids; the first token has id 0 whether it starts one."""
-    ids = np.cumsum(is_start, dtype=np.int32)
-    return ids - ids[0]
+    begins = np.flatnonzero(is_start[1:]) + 1
+    lengths = np.diff(begins, prepend=0, append=len(is_start))
+    return np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)

@@ -28,11 +28,21 @@ class SpanSource:
         self.num_tokens = num_tokens
         self.vocab_size = whole.vocab_size
         self.bytes_per_token = whole.bytes_per_token
+        self.tokenizer = whole.tokenizer
+        self.is_remote = whole.is_remote
         self.fingerprint = hashlib.sha256(f"{whole.fingerprint} {start} {num_tokens}".encode()).hexdigest()
         self._whole, self._start = whole, start
+        self.shards = np.unique(np.clip(whole.shards, start, start + num_tokens)) - start
+
+    def fetch(self, start: int, length: int) -> None:
+        self._check(start, length)
+        self._whole.fetch(self._start + start, length)
 
     def read(self, start: int, length: int) -> tuple[np.ndarray, np.ndarray]:
         """As in TokenSource, counted from the start of the span."""
+        self._check(start, length)
+        return self._whole.read(self._start + start, length)
+
+    def _check(self, start: int, length: int) -> None:
         if start < 0 or length < 1 or start + length > self.num_tokens:
             raise IndexError(f"span of {length} tokens from {start} is not inside a stream of {self.num_tokens} tokens")
-        return self._whole.read(self._start + start, length)

@@ -26,6 +26,8 @@ class SyntheticSource:
     """
 
     bytes_per_token: float | None = None
+    tokenizer: str | None = None
+    is_remote = False
 
     def __init__(self, vocab_size: int, num_tokens: int, seed: int = 0) -> None:
         if not 2 <= vocab_size <= _LARGEST_VOCAB:
@@ -35,10 +37,14 @@ class SyntheticSource:
         if seed < 0:
             raise DataError(f"seed of a synthetic source is {seed}: give 0 or more")
         self.num_tokens = num_tokens
+        self.shards = np.array([0, num_tokens])
         self.vocab_size = vocab_size
         self._seed = seed
         self.fingerprint = hashlib.sha256(f"synthetic 1 {vocab_size} {num_tokens} {seed}".encode()).hexdigest()
         self._powers, self._offsets = self._rule()
+
+    def fetch(self, start: int, length: int) -> None:
+        check_span(start, length, self.num_tokens)
 
     def read(self, start: int, length: int) -> tuple[np.ndarray, np.ndarray]:
         check_span(start, length, self.num_tokens)

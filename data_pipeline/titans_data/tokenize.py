@@ -13,8 +13,8 @@ import numpy as np
 from titans_data.errors import DataError
 
 END_OF_DOCUMENT = "<|endofdocument|>"
-_KIND_NAME = "titans_tokenizer.json"
-_TOKENIZER_NAME = "tokenizer.json"
+KIND_NAME = "titans_tokenizer.json"
+TOKENIZER_NAME = "tokenizer.json"
 # Names under which well-known tokenizers keep their end-of-document token, tried in this order.
 _KNOWN_ENDS = (END_OF_DOCUMENT, "<|endoftext|>", "<|end_of_text|>", "<|im_end|>", "</s>", "<eos>", "<end_of_text>")
 _PIECE_CHARACTERS = 1 << 20
@@ -67,7 +67,7 @@ class BytesTokenizer:
     def save(self, folder: str | Path) -> None:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / _KIND_NAME).write_text(_kind_text("bytes", self.end_of_document))
+        (folder / KIND_NAME).write_text(_kind_text("bytes", self.end_of_document))
 
 
 class HuggingFaceTokenizer:
@@ -90,20 +90,26 @@ class HuggingFaceTokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         # The library needs about 100 bytes per token while it encodes, so long texts go in pieces, a few at a time.
-        pieces = [split_long_text(text, _PIECE_CHARACTERS) for text in texts]
-        ids = self._encode_pieces([piece for group in pieces for piece in group])
-        return [np.concatenate([next(ids) for _ in group]) for group in pieces]
-
-    def _encode_pieces(self, pieces: list[str]) -> Iterator[np.ndarray]:
-        batch: list[str] = []
+        ids: list[list[np.ndarray]] = [[] for _ in texts]
+        numbers: list[int] = []
+        pieces: list[str] = []
         size = 0
-        for number, piece in enumerate(pieces, start=1):
-            batch.append(piece)
-            size += len(piece)
-            if size >= _BATCH_CHARACTERS or number == len(pieces):
-                for encoding in self._inner.encode_batch_fast(batch, add_special_tokens=False):
-                    yield np.array(encoding.ids, np.uint32)
-                batch, size = [], 0
+        for number, text in enumerate(texts):
+            for piece in split_long_text(text, _PIECE_CHARACTERS):
+                numbers.append(number)
+                pieces.append(piece)
+                size += len(piece)
+                if size >= _BATCH_CHARACTERS:
+                    self._encode_pieces(numbers, pieces, ids)
+                    numbers, pieces, size = [], [], 0
+        self._encode_pieces(numbers, pieces, ids)
+        return [group[0] if len(group) == 1 else np.concatenate(group) for group in ids]
+
+    def _encode_pieces(self, numbers: list[int], pieces: list[str], ids: list[list[np.ndarray]]) -> None:
+        """Append the ids of each piece to those of its text."""
+        encodings = self._inner.encode_batch_fast(pieces, add_special_tokens=False)
+        for number, encoding in zip(numbers, encodings, strict=True):
+            ids[number].append(np.array(encoding.ids, np.uint32))
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         return self._inner.decode(np.asarray(ids, np.int64).tolist(), skip_special_tokens=False)
@@ -111,8 +117,8 @@ class HuggingFaceTokenizer:
     def save(self, folder: str | Path) -> None:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        self._inner.save(str(folder / _TOKENIZER_NAME), pretty=True)
-        (folder / _KIND_NAME).write_text(_kind_text("tokenizers", self.end_of_document))
+        self._inner.save(str(folder / TOKENIZER_NAME), pretty=True)
+        (folder / KIND_NAME).write_text(_kind_text("tokenizers", self.end_of_document))
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> HuggingFaceTokenizer:
@@ -143,26 +149,25 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     path = Path(folder).expanduser()
     if not path.exists():
         raise DataError(f"tokenizer {folder} does not exist: give `bytes`, `bpe`, a tokenizer.json or its folder")
-    kind_path = path / _KIND_NAME
+    kind_path = path / KIND_NAME
     if path.is_dir() and kind_path.exists():
         kind = _read_json(kind_path)
         if kind.get("kind") == "bytes":
             return BytesTokenizer()
         if kind.get("kind") != "tokenizers" or not isinstance(kind.get("end_of_document"), int):
             raise DataError(f"{kind_path} names no kind of tokenizer this program knows: prepare the dataset again")
-        return HuggingFaceTokenizer(_read_inner(path / _TOKENIZER_NAME), kind["end_of_document"])
-    file = path / _TOKENIZER_NAME if path.is_dir() else path
+        return HuggingFaceTokenizer(_read_inner(path / TOKENIZER_NAME), kind["end_of_document"])
+    file = path / TOKENIZER_NAME if path.is_dir() else path
     inner = _read_inner(file)
     return HuggingFaceTokenizer(inner, _find_end_of_document(file, inner))
 
 
-def split_long_text(text: str, characters: int) -> list[str]:
+def split_long_text(text: str, characters: int) -> Iterator[str]:
     """Cut a text into pieces of at most `characters`, where a byte-level BPE would not merge anyway if it can.
 
     Such a place is a single newline between two characters that are not white space. A window without one is cut at
     its end, which changes at most the one token there.
     """
-    pieces = []
     start = 0
     while len(text) - start > characters:
         end = start + characters
@@ -170,9 +175,9 @@ def split_long_text(text: str, characters: int) -> list[str]:
         while newline != -1 and (text[newline - 1].isspace() or text[newline + 1].isspace()):
             newline = text.rfind("\n", start + 1, newline)
         cut = newline + 1 if newline != -1 else end
-        pieces.append(text[start:cut])
+        yield text[start:cut]
         start = cut
-    return [*pieces, text[start:]]
+    yield text[start:]
 
 
 def _kind_text(kind: str, end_of_document: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import keyword
 import os
 import sys
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from titans_dist.config import Config, ConfigError, validate
-from titans_launch import failures, keys, names, worker
+from titans_launch import failures, flags, keys, names, worker
 
 
 def run(command: str, arguments: list[str]) -> int:
@@ -25,8 +26,9 @@ def run(command: str, arguments: list[str]) -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     register()
     try:
+        arguments, switches = flags.translate(command, arguments)
         _check_flags(arguments)
-        start(_task(command), arguments)
+        start(_task(command, switches), arguments)
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except (Exception, KeyboardInterrupt) as error:
@@ -72,11 +74,11 @@ def remove_empty(folder: Path) -> None:
         folder.rmdir()
 
 
-def _task(command: str) -> Callable[[DictConfig], None]:
+def _task(command: str, switches: dict[str, bool]) -> Callable[[DictConfig], None]:
     def task(composed: DictConfig) -> None:
         run_dir = Path(composed.run_dir)
         try:
-            code = _run(command, composed)
+            code = _run(command, composed, switches)
         finally:
             remove_empty(run_dir)  # Hydra makes it before the task, needed or not
             remove_empty(run_dir.parent)
@@ -86,17 +88,20 @@ def _task(command: str) -> Callable[[DictConfig], None]:
     return task
 
 
-def _run(command: str, composed: DictConfig) -> int:
+def _run(command: str, composed: DictConfig, switches: dict[str, bool]) -> int:
     try:
         config = typed(composed)
     except Exception as error:
         return failures.report(error, composing=True)
     try:
         worker.adopt_slurm()
-        code = importlib.import_module(f"titans_launch.{command.replace('-', '_')}").run(config)
+        words = command.replace("-", "_").split()
+        # `checkpoint import` is titans_launch.checkpoint.import_: no module can have a keyword's name.
+        module = ".".join(f"{word}_" if keyword.iskeyword(word) else word for word in words)
+        code = importlib.import_module(f"titans_launch.{module}").run(config, **switches)
     except (Exception, KeyboardInterrupt) as error:
         return failures.report(error)
-    worker.leave(0, "")
+    worker.leave(code or 0, "")
     return code or 0
 
 

@@ -11,10 +11,10 @@ from titans_launch import help
 def main(arguments: list[str] | None = None) -> int:
     """Run `titans-dist ARGUMENTS` (default: the command line) and return the exit code."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    command = arguments[0] if arguments else None
-    if command is None:
+    if not arguments:
         print(help.overview(), file=sys.stderr)
         return 2
+    command, arguments = help.split(arguments)
     if command in ("--help", "-h", "help"):
         print(help.overview())
         return 0
@@ -26,17 +26,21 @@ def main(arguments: list[str] | None = None) -> int:
     if command in ("-sc", "--shell-completion"):
         from titans_launch import completion
 
-        return completion.main(arguments)
+        return completion.main([command, *arguments])
+    wants_help = any(argument in ("--help", "-h") for argument in arguments)
+    if command in help.families() and (wants_help or not arguments):
+        print(help.of_family(command), file=sys.stdout if wants_help else sys.stderr)
+        return 0 if wants_help else 2
     if command not in help.COMMANDS:
         print(f"titans-dist: {help.unknown_command(command)}", file=sys.stderr)
         return 2
-    if any(argument in ("--help", "-h") for argument in arguments[1:]):
+    if wants_help:
         print(help.of(command))
         return 0
     from titans_launch import app, worker
 
     if worker.is_worker():
-        worker.catch_early_stop()
+        worker.begin()
     else:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop is a Ctrl-C
-    return app.run(command, arguments[1:])
+    return worker.exit_code(app.run(command, arguments))

@@ -1,16 +1,19 @@
-"""`titans-dist evaluate`: held-out loss of a run's newest checkpoint."""
+"""`titans-dist evaluate`: held-out loss of a run's newest checkpoint, or the tasks of a suite."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+from rich.table import Table
+
 from titans_dist.config import CheckpointError, Config
 from titans_launch import local, tables, worker
+from titans_launch.checkpoint import opened
 
 
 def run(config: Config) -> int:
-    """Evaluate, as a worker or as the launcher of workers on this machine."""
+    """Evaluate, as a worker or as the launcher of workers on this machine; a suite as the driver of Ray's workers."""
     run_dir = Path(config.run_dir)
     if not worker.is_worker():
         if not (run_dir / "checkpoints").is_dir():
@@ -18,13 +21,34 @@ def run(config: Config) -> int:
                 f"{tables.place(run_dir)} has no checkpoint to evaluate; train it first, or give the name=NAME and "
                 "the overrides it was trained with"
             )
-        return local.launch("evaluate", config)
-    worker.redirect(run_dir, "evaluate")
+        return suite(config) if config.evaluation.tasks else local.launch("evaluate", config)
+    worker.enter(run_dir, "evaluate")
     from titans_dist import evaluation
 
     result = evaluation.evaluate(config)
     if worker.rank() == 0:
         show(result, run_dir)
+    return 0
+
+
+def suite(config: Config) -> int:
+    """Measure what is missing of a suite, and show all of it."""
+    from titans_dist.evaluation.driver import measure
+    from titans_dist.evaluation.summary import lines
+
+    rows = measure(config, lambda line: print(line, flush=True))
+    table = Table(title=f"{config.name} at step {rows[0].measured.step:,}" if rows else "nothing", title_justify="left")
+    for name in ("task", "tokens of context", "samples", "score", "95 % interval", "tokens/s", "peak memory"):
+        table.add_column(name, justify="left" if name == "task" else "right")
+    for line in lines(rows):
+        score, low, high = (
+            (f"{x:.3f}" for x in (line.mean, line.low, line.high))
+            if line.is_loss
+            else (f"{x:.1%}" for x in (line.mean, line.low, line.high))
+        )
+        peak, speed = opened.size(line.peak_bytes), line.tokens / line.seconds
+        table.add_row(line.task, f"{line.length:,}", str(line.count), score, f"{low} .. {high}", f"{speed:,.0f}", peak)
+    tables.console().print(table)
     return 0
 
 

@@ -46,6 +46,9 @@ def nearest(key: str) -> str | None:
 
 def unknown(key: str) -> str:
     """One sentence for a key that does not exist."""
+    for own in (key, key.rpartition(".")[0]):
+        if typing.get_origin(schema().get(own)) is dict:
+            return f"{own} has keys of your own; add each by itself, as +{own}.NAME=VALUE"
     near = nearest(key)
     return f"unknown key {key}; did you mean {near}? ({HINT})" if near else f"unknown key {key}; {HINT}"
 
@@ -66,7 +69,7 @@ def expected(key: str) -> str:
 def strays(config: Mapping[str, Any]) -> list[str]:
     """Keys of a composed configuration that the schema lacks; Hydra lets `+key=value` add anything."""
     known = schema()
-    return [key for key in _flat("", config) if key not in known]
+    return [key for key in _flat("", config, known) if key not in known]
 
 
 def _walk(prefix: str, kind: type) -> Iterator[tuple[str, Any]]:
@@ -76,8 +79,9 @@ def _walk(prefix: str, kind: type) -> Iterator[tuple[str, Any]]:
             yield from _walk(f"{prefix}{name}.", typing.cast(type, hint))
 
 
-def _flat(prefix: str, node: Mapping[str, Any]) -> Iterator[str]:
+def _flat(prefix: str, node: Mapping[str, Any], known: Mapping[str, Any]) -> Iterator[str]:
     for name, value in node.items():
         yield f"{prefix}{name}"
-        if isinstance(value, Mapping):
-            yield from _flat(f"{prefix}{name}.", value)
+        # The keys of a dictionary are the user's own.
+        if isinstance(value, Mapping) and typing.get_origin(known.get(f"{prefix}{name}")) is not dict:
+            yield from _flat(f"{prefix}{name}.", value, known)

@@ -22,7 +22,7 @@ def run(config: Config) -> int:
     """Check, as a worker or as the launcher of workers on this machine; 1 if something differs."""
     if not worker.is_worker():
         return local.launch("parallel-check", config)
-    worker.redirect(Path(config.run_dir), "parallel-check")
+    worker.enter(Path(config.run_dir), "parallel-check")
     from titans_dist.parallel.check import check_layout
 
     result = check_layout(config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import subprocess
 import time
@@ -15,7 +16,7 @@ import psutil
 KILL_TIMEOUT_S = 10.0
 """Seconds to wait for killed processes; the kernel may hold one in a device driver for a while."""
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Child:
@@ -27,6 +28,8 @@ class Child:
 
     def __init__(self, arguments: Sequence[str], **options: Any) -> None:
         self.signalled = False
+        self.is_killed = False
+        """Whether a second signal has killed it."""
         self._arguments, self._options = arguments, options
         self._earlier: dict[signal.Signals, Any] = {}
 
@@ -67,6 +70,7 @@ class Child:
         again, self.signalled = self.signalled, True
         if self.process is not None and self.process.returncode is None:
             if again:
+                self.is_killed = True
                 kill_tree(self.process.pid)
             else:
                 self.process.terminate()
@@ -87,6 +91,34 @@ def kill_tree(pid: int) -> None:
     deadline = time.monotonic() + KILL_TIMEOUT_S
     while any(map(_runs, below)) and time.monotonic() < deadline:
         time.sleep(0.01)
+
+
+def end_marked(variable: str, value: str, word: str, timeout_s: float) -> None:
+    """End what is left of a job whose head has died: SIGTERM, and after `timeout_s` SIGKILL.
+
+    Ended are the processes with `variable=value` in their environment and `word` in their command line: not helpers
+    such as that of Weights & Biases, which end by themselves once they have sent everything.
+    """
+    left = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            is_ours = process.pid != os.getpid() and any(word in part for part in process.cmdline())
+            if is_ours and process.environ().get(variable) == value:
+                process.terminate()
+                left.append(process)
+    _, stubborn = psutil.wait_procs(left, timeout_s)
+    for process in stubborn:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(stubborn, KILL_TIMEOUT_S)
+
+
+def is_running(pid: int) -> bool:
+    """Whether there is such a process, one that only waits to be buried aside."""
+    try:
+        return _runs(psutil.Process(pid))
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _runs(process: psutil.Process) -> bool:

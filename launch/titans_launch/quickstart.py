@@ -125,7 +125,7 @@ def _train_and_kill(run_dir: Path, steps: int) -> int:
     if code == 0:
         raise UserError(
             f"training ended before it could be killed between step {steps // 2} and {steps}; "
-            "use more training.steps or a smaller training.checkpoint_interval"
+            "use more training.steps or a smaller checkpoint.interval"
         )
     return code
 

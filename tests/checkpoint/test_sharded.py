@@ -15,7 +15,7 @@ import torch
 
 from tests.distributed import run_distributed
 from titans_dist.checkpoint import sharded
-from titans_dist.checkpoint.store import Store
+from titans_dist.checkpoint.store import Store, sealed
 from titans_dist.config.errors import CheckpointError
 
 ROWS = 64
@@ -262,7 +262,8 @@ def test_an_index_that_would_run_code_is_refused_and_does_not_run(tmp_path: Path
     manifest_path = store.folder(1) / "manifest.json"
     manifest = json.loads(manifest_path.read_text())
     manifest["files"][".metadata"]["size"] = index.stat().st_size
-    manifest_path.write_text(json.dumps(manifest))
+    del manifest["sha256"]
+    manifest_path.write_text(sealed(manifest))
     (error, _) = run_distributed(load_changed, 2, store.root, "", timeout_s=20)
     assert "asks for posix.system" in error
     assert not marker.exists()

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from titans_dist.checkpoint.store import Store
+from titans_dist.checkpoint.store import Store, entry
 from titans_dist.config.errors import CheckpointError
 
 
@@ -131,6 +131,24 @@ def test_a_damaged_file_is_named_and_the_one_before_is_used(
     assert len(warnings) == 1 and "step_00000020 is damaged" in warnings[0]
 
 
+@pytest.mark.parametrize("name", ["a.bin", "manifest.json"])
+def test_one_flipped_bit_anywhere_in_any_file_is_found_and_the_one_before_is_used(store: Store, name: str) -> None:
+    for step in (10, 20):
+        (store.begin(step) / "a.bin").write_bytes(bytes(range(200)))
+        store.commit(step, {"tokens": step, "losses": [0.1 * step], "text": "x"})
+    path = store.folder(20) / name
+    whole = path.read_bytes()
+    for bit in range(8 * len(whole)):
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        warnings: list[str] = []
+        assert store.newest_valid(warnings.append) == 10, bit
+        assert len(warnings) == 1 and str(store.folder(20)) in warnings[0]
+    path.write_bytes(whole)
+    assert store.newest_valid(no_warning) == 20
+
+
 def test_without_digests_only_sizes_are_compared(store: Store) -> None:
     flip(save(store, 10) / "a.bin")
     store.verify(10, digests=False)
@@ -138,10 +156,10 @@ def test_without_digests_only_sizes_are_compared(store: Store) -> None:
         store.verify(10)
 
 
-def test_a_manifest_of_a_future_format_is_refused(store: Store) -> None:
+def test_a_manifest_of_another_format_is_refused(store: Store) -> None:
     path = save(store, 10) / "manifest.json"
-    path.write_text(path.read_text().replace('"format": 1', '"format": 2'))
-    with pytest.raises(CheckpointError, match="of format 2; this version reads format 1"):
+    path.write_text(path.read_text().replace('"format": 3', '"format": 2'))
+    with pytest.raises(CheckpointError, match="of format 2; this version reads format 3"):
         store.verify(10)
 
 
@@ -157,7 +175,9 @@ def test_prune_keeps_the_newest_and_removes_old_leftovers(store: Store) -> None:
         save(store, step)
     store.begin(25)
     in_progress = store.begin(40)
-    store.prune(keep=2)
+    assert store.plan(keep=2) == [10]
+    assert store.committed() == [10, 20, 30]
+    assert store.prune(keep=2) == [10]
     assert store.committed() == [20, 30]
     assert store.leftovers() == [in_progress]
 
@@ -172,6 +192,46 @@ def test_prune_never_removes_the_newest_valid_one(store: Store) -> None:
     assert reopened.committed() == [20, 30, 40]
     with pytest.raises(ValueError, match="keep is 0"):
         reopened.prune(keep=0)
+
+
+def test_permanent_ones_are_never_pruned(store: Store) -> None:
+    for step in (10, 20, 30, 40):
+        store.begin(step)
+        store.commit(step, {}, permanent=step == 10)
+    assert store.manifest(10)["permanent"]
+    assert store.prune(keep=2) == [20]
+    assert store.committed() == [10, 30, 40]
+
+
+def test_what_is_later_than_the_step_gone_back_to_is_removed(store: Store) -> None:
+    for step in (10, 20, 30):
+        store.begin(step)
+        store.commit(step, {}, permanent=step == 30)
+    store.discard_after(10)
+    assert store.committed() == [10]
+    assert store.leftovers() == []
+    assert (store.root / "latest").read_text() == "step_00000010\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("a.bin", {"size": 2}, r"a\.bin has 1 bytes instead of 2"),
+        ("gone.bin", {}, r"gone\.bin is not in .* as this process sees it"),
+    ],
+)
+def test_files_that_others_have_hashed_must_be_there(
+    store: Store, name: str, change: dict[str, int], message: str
+) -> None:
+    """As where a rank's run folder is not the one that the others see."""
+    path = store.begin(10) / "a.bin"
+    path.write_bytes(b"x")
+    found = entry(path)
+    with pytest.raises(CheckpointError, match=message):
+        store.commit(10, {}, files={name: found | change})
+    assert store.committed() == []
+    store.commit(10, {}, files={"a.bin": found})
+    store.verify(10)
 
 
 def test_a_store_can_be_read_without_torch() -> None:

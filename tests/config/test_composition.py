@@ -86,7 +86,11 @@ def test_every_model_is_valid(name: str) -> None:
 
 
 # What a file cannot know: where the user's corpus is; and TNT is a memory of one variant.
-NEEDS = {"data": ["data.source=corpus", "data.path=data/x"], "memory=tnt": ["variant=lmm"]}
+NEEDS = {
+    "data": ["data.source=corpus", "data.path=data/x"],
+    "data=mixture": ["+data.sources.web=data/web"],
+    "memory=tnt": ["variant=lmm"],
+}
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,13 @@ NUMBERS = [key for key, kinds in leaves() if kinds & {int, float}]
 WORDS = [key for key, kinds in leaves() if str in kinds]
 FREE_NUMBERS = {"data__seed", "training__seed"}
 FREE_WORDS = {"name", "run_dir", "data__source", "data__text_column", "data__path", "data__tokenizer"}
-FREE_WORDS |= {"tracking__project", "tracking__entity", "conformance__target"}
+FREE_WORDS |= {"data__cache", "tracking__project", "tracking__entity", "conformance__target", "inspect__output"}
+FREE_WORDS |= {"checkpoint__mirror", "export__path"}
+FREE_WORDS |= {"evaluation__text", "evaluation__babi", "evaluation__address"}
+# What the scheduler knows; sizes and times have sentences of their own (test_machines).
+FREE_WORDS |= {f"cluster__{key}" for key in ("memory", "time", "queue", "account", "image")}
+FREE_WORDS |= {key for key in WORDS if key.startswith(("cluster__kubernetes__", "cluster__slurm__"))}
+FREE_WORDS -= {"cluster__slurm__launcher", "cluster__slurm__container"}
 
 
 @pytest.mark.parametrize(
@@ -87,7 +93,11 @@ FREE_WORDS |= {"tracking__project", "tracking__entity", "conformance__target"}
         ({"optimizer__min_lr_ratio": 1.5}, "optimizer.min_lr_ratio=1.5 is out of range; use 0 to 1"),
         ({"training__precision": "fp8"}, "training.precision=fp8 is unknown; choose one of float32, bfloat16"),
         ({"training__device": "tpu"}, "training.device=tpu is unknown; choose one of auto, cuda, cpu"),
-        ({"training__keep_checkpoints": 1}, "training.keep_checkpoints=1 is too small; use 2 or more"),
+        ({"checkpoint__keep": 1}, "checkpoint.keep=1 is too small; use 2 or more"),
+        ({"inspect__step": 0}, "inspect.step=0 is too small; use 1 or more"),
+        ({"inspect__step": 7, "inspect__to_step": 6}, "inspect.to_step=6 is too small; use 7 or more"),
+        ({"inspect__rank": 2, "inspect__ranks": 2}, "inspect.rank=2 is not one of 2 ranks; use 0 to 1, or more"),
+        ({"inspect__rank": 1}, "inspect.rank=1 is not one of 1 ranks; use 0, or more inspect.ranks"),
     ],
 )
 def test_the_sentence_names_key_value_and_mend(changes: dict[str, Any], message: str) -> None:
@@ -135,6 +145,7 @@ def test_the_sentence_names_key_value_and_mend(changes: dict[str, Any], message:
         ({"model__memory__depth": 3, "model__memory__channel_wise": True}, "model__memory__depth", 2),
         ({"training__global_batch_size": 24}, "training__global_batch_size", 32),
         ({"training__global_batch_size": 16, "parallel__data": 2}, "training__global_batch_size", 32),
+        ({"inspect__ranks": 7}, "inspect__ranks", 8),
     ],
 )
 def test_the_value_the_sentence_proposes_works(changes: dict[str, Any], key: str, legal: Any) -> None:

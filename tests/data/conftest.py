@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 
 import titans_data
+from tests.data.remotes import S3, FaultyProxy, faulty_proxy, moto_server, use_endpoint
 from titans_data import DatasetCard, PrepareOptions, prepare
+from titans_data.card import FileCard
 
 PAGE_TOKENS = 50
 # The smallest shards that pages of 50 tokens allow, so that even a small corpus has many.
@@ -107,6 +109,42 @@ def prepared(corpus: Path, documents: list[str], tmp_path_factory: pytest.TempPa
 
 
 @pytest.fixture(scope="session")
+def s3_server(prepared: Prepared, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
+    """An S3 server in a process of its own that holds the dataset of bytes."""
+    with moto_server(tmp_path_factory.mktemp("moto") / "log") as server:
+        server.upload(prepared.folder, "corpus")
+        yield server
+
+
+@pytest.fixture
+def s3(s3_server: S3, monkeypatch: pytest.MonkeyPatch) -> S3:
+    """The server, with an environment in which s3:// URLs lead to it."""
+    use_endpoint(monkeypatch, s3_server.endpoint)
+    return s3_server
+
+
+@pytest.fixture
+def proxy(s3_server: S3, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyProxy]:
+    """A proxy in front of the server, with an environment in which s3:// URLs lead to the proxy."""
+    with faulty_proxy(s3_server.port) as faulty:
+        use_endpoint(monkeypatch, faulty.url)
+        yield faulty
+
+
+@pytest.fixture
+def files(prepared: Prepared) -> list[FileCard]:
+    """The cards of the files of the train split."""
+    split = prepared.card.splits["train"]
+    return [split.index, *split.shards]
+
+
+@pytest.fixture
+def smallest(files: list[FileCard]) -> int:
+    """The least cache_bytes for the train split."""
+    return 2 * max(file.size_bytes for file in files)
+
+
+@pytest.fixture(scope="session")
 def environment() -> dict[str, str]:
     """The environment of a child process that can import titans_data."""
     return os.environ | {"PYTHONPATH": str(Path(titans_data.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
@@ -121,6 +159,7 @@ def start(environment: dict[str, str]) -> Iterator[Callable[..., subprocess.Pope
         child = subprocess.Popen(
             [sys.executable, *map(str, arguments)],
             env=environment | variables,
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -134,6 +173,18 @@ def start(environment: dict[str, str]) -> Iterator[Callable[..., subprocess.Pope
         if child.poll() is None:
             os.killpg(child.pid, 9)
         child.communicate()
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Callable[[str], Path]:
+    """Write a Python script."""
+
+    def write(code: str) -> Path:
+        path = tmp_path / f"{hashlib.sha256(code.encode()).hexdigest()[:8]}.py"
+        path.write_text(code)
+        return path
+
+    return write
 
 
 def tree(folder: Path) -> dict[str, bytes]:

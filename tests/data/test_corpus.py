@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import json
 import sysconfig
@@ -12,19 +13,20 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from titans_data import CorpusCounts, DataError
+from titans_data import DataError, PrepareOptions, prepare
 from titans_data.corpus import decode_utf8, read_corpus
+from titans_data.tally import Place, Tally
 
 TEXTS = ["first\r\nline", "zweiter Text, 测试", 'third "quoted"']
 
 
-def read(format: str, source: object, column: str = "text") -> tuple[list[str], CorpusCounts]:
-    counts = CorpusCounts()
-    return [item.text for item in read_corpus(format, str(source), column, counts)], counts
+def read(format: str, source: object, column: str = "text") -> tuple[list[str], Tally]:
+    tally = Tally()
+    return [item.text for item in read_corpus(format, str(source), column, tally)], tally
 
 
 def origins(format: str, source: object) -> list[str]:
-    return [item.origin for item in read_corpus(format, str(source), "text", CorpusCounts())]
+    return [str(item.origin) for item in read_corpus(format, str(source), "text", Tally())]
 
 
 def write_jsonl(path: Path, texts: list[str]) -> Path:
@@ -98,7 +100,8 @@ def write_huggingface_splits(path: Path) -> Path:
 def test_every_format_yields_the_same_documents(format: str, write: Callable[[Path], Path], tmp_path: Path) -> None:
     texts, counts = read(format, write(tmp_path / "corpus"))
     assert texts == TEXTS
-    assert counts == CorpusCounts(documents=3)
+    expected = Tally(bytes_read=sum(len(text.encode()) for text in TEXTS))
+    assert dataclasses.replace(counts, lines=0) == expected
 
 
 def test_a_folder_is_read_in_order_of_relative_path(tmp_path: Path) -> None:
@@ -129,14 +132,13 @@ def test_origins_say_file_line_or_row(tmp_path: Path) -> None:
 
 
 def test_stdlib_is_the_interpreters_python_files_without_installed_packages() -> None:
-    counts = CorpusCounts()
-    reader = read_corpus("stdlib", None, "text", counts)
+    reader = read_corpus("stdlib", None, "text", Tally())
     first = [next(reader) for _ in range(40)]
     root = Path(sysconfig.get_paths()["stdlib"])
     for item in first:
-        assert (root / item.origin).read_bytes().decode("utf-8", "replace") == item.text
+        assert (root / item.origin.file).read_bytes().decode("utf-8", "replace") == item.text
     assert [item.origin for item in first] == sorted(item.origin for item in first)
-    everything = [item.origin for item in read_corpus("stdlib", None, "text", CorpusCounts())]
+    everything = [str(item.origin) for item in read_corpus("stdlib", None, "text", Tally())]
     assert "json/decoder.py" in everything
     assert not [name for name in everything if "site-packages" in name or "__pycache__" in name]
 
@@ -180,7 +182,7 @@ def test_empty_documents_are_dropped_and_counted(tmp_path: Path) -> None:
         file.write('{"text": null}\n')
     texts, counts = read("jsonl", tmp_path)
     assert texts == ["kept", "also"]
-    assert (counts.documents, counts.empty) == (2, 3)
+    assert (counts.empty, counts.first_empty) == (3, Place(f"{tmp_path}/a.jsonl", line=1))
 
 
 def test_garbled_lines_are_counted_and_the_first_is_named(tmp_path: Path) -> None:
@@ -189,14 +191,14 @@ def test_garbled_lines_are_counted_and_the_first_is_named(tmp_path: Path) -> Non
     texts, counts = read("jsonl", file)
     assert texts == ["good", "last"]
     assert counts.garbled_lines == 4
-    assert counts.first_garbled == f"{file}:3"
+    assert [str(place) for place in counts.garbled] == [f"{file}:{line}" for line in (3, 4, 5, 6)]
 
 
 def test_nothing_but_garbled_lines_is_an_error_that_names_the_first(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
     file.write_text("nonsense\nmore\n")
     with pytest.raises(DataError, match=r"2 garbled lines, the first at .*a\.jsonl:1"):
-        read("jsonl", file)
+        prepare(PrepareOptions("jsonl", str(file), tokenizer="bytes"), tmp_path / "out")
 
 
 # ---- what cannot be read at all
@@ -218,7 +220,7 @@ def test_a_folder_without_such_files_is_named(format: str, tmp_path: Path) -> No
 def test_a_corpus_of_empty_documents_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(" \n")
     with pytest.raises(DataError, match="1 empty documents"):
-        read("text", tmp_path)
+        prepare(PrepareOptions("text", str(tmp_path / "a.txt"), tokenizer="bytes"), tmp_path / "out")
 
 
 @pytest.mark.parametrize("write", [write_parquet, write_huggingface], ids=["parquet", "huggingface"])

@@ -17,6 +17,8 @@ from titans_data import (
     BatchSchedule,
     DataError,
     MdsSource,
+    Mixture,
+    RowOrder,
     SyntheticSource,
     TokenDataset,
     TokenFileSource,
@@ -33,14 +35,25 @@ class Counting:
 
     vocab_size = 1 << 40
     fingerprint = "counting"
+    tokenizer = None
     bytes_per_token = None
+    is_remote = False
 
-    def __init__(self, num_tokens: int) -> None:
+    def __init__(self, num_tokens: int, shards: list[int] | None = None) -> None:
         self.num_tokens = num_tokens
+        self.shards = np.array([0, num_tokens] if shards is None else shards)
+
+    def fetch(self, start: int, length: int) -> None:
+        raise AssertionError("nothing is remote")
 
     def read(self, start: int, length: int) -> tuple[np.ndarray, np.ndarray]:
         assert 0 <= start < start + length <= self.num_tokens
         return np.arange(start, start + length), np.zeros(length, np.int32)
+
+
+def one(num_rows: int, global_batch: int, seed: int) -> BatchSchedule:
+    """The schedule of a single dataset."""
+    return BatchSchedule(Mixture.of_one(global_batch), [RowOrder(num_rows, seed)])
 
 
 def first_tokens(micro_batches: list[dict[str, torch.Tensor]]) -> list[int]:
@@ -100,10 +113,9 @@ def test_a_permutation_hits_everything_once(size: int, seed: int, epoch: int) ->
     num_rows=st.integers(1, 60),
     global_batch=st.integers(1, 40),
     seed=st.integers(0, 1000),
-    shuffle=st.booleans(),
 )
-def test_every_row_comes_exactly_once_per_epoch(num_rows: int, global_batch: int, seed: int, shuffle: bool) -> None:
-    schedule = BatchSchedule(num_rows, global_batch, seed, shuffle)
+def test_every_row_comes_exactly_once_per_epoch(num_rows: int, global_batch: int, seed: int) -> None:
+    schedule = one(num_rows, global_batch, seed)
     steps = -(-3 * num_rows // global_batch)
     stream = np.concatenate([schedule.rows(step) for step in range(steps)])
     for epoch in range(3):
@@ -113,11 +125,6 @@ def test_every_row_comes_exactly_once_per_epoch(num_rows: int, global_batch: int
 def test_epochs_and_seeds_have_their_own_order() -> None:
     orders = {tuple(permute(np.arange(100), 100, seed, epoch)) for seed in range(5) for epoch in range(5)}
     assert len(orders) == 25
-
-
-def test_without_shuffling_rows_come_in_order() -> None:
-    schedule = BatchSchedule(5, 3, seed=1, shuffle=False)
-    assert [schedule.rows(step).tolist() for step in range(3)] == [[0, 1, 2], [3, 4, 0], [1, 2, 3]]
 
 
 def test_the_shuffle_is_not_distinguishable_from_random_by_simple_counts() -> None:
@@ -137,13 +144,13 @@ def test_the_shuffle_is_not_distinguishable_from_random_by_simple_counts() -> No
 
 def test_the_order_is_pinned() -> None:
     """A resumed run continues the order of the run that was saved: changing this breaks every checkpoint."""
-    assert BatchSchedule(10, 10, seed=0).rows(0).tolist() == [4, 2, 1, 7, 5, 6, 3, 8, 9, 0]
-    huge = BatchSchedule(10**12, 4, seed=123).rows(10**9).tolist()
+    assert one(10, 10, seed=0).rows(0).tolist() == [4, 2, 1, 7, 5, 6, 3, 8, 9, 0]
+    huge = one(10**12, 4, seed=123).rows(10**9).tolist()
     assert huge == [119824659844, 838401861835, 937874223396, 626071603659]
 
 
 def test_a_step_of_a_huge_corpus_costs_no_more_than_its_batch() -> None:
-    schedule = BatchSchedule(num_rows=10**12, global_batch=1024, seed=0)
+    schedule = one(10**12, 1024, 0)
     begin = time.perf_counter()
     rows = schedule.rows(987_654_321)
     assert time.perf_counter() - begin < 1.0
@@ -154,7 +161,7 @@ def test_a_step_of_a_huge_corpus_costs_no_more_than_its_batch() -> None:
 @pytest.mark.parametrize(("num_rows", "global_batch", "seed"), [(0, 1, 0), (1, 0, 0), (1, 1, -1)])
 def test_impossible_schedules_are_refused(num_rows: int, global_batch: int, seed: int) -> None:
     with pytest.raises(DataError):
-        BatchSchedule(num_rows, global_batch, seed)
+        one(num_rows, global_batch, seed)
 
 
 # ---- batches
@@ -163,7 +170,7 @@ def test_impossible_schedules_are_refused(num_rows: int, global_batch: int, seed
 @pytest.mark.parametrize("world", WORLDS)
 def test_the_slices_of_all_ranks_in_rank_order_are_the_global_batch(world: int) -> None:
     dataset = TokenDataset(Counting(401), 4)
-    schedule = BatchSchedule(len(dataset), global_batch=24, seed=9)
+    schedule = one(len(dataset), global_batch=24, seed=9)
     ranks = [batches(dataset, schedule, 3, rank, world, micro_batch=2) for rank in range(world)]
     for step in range(3, 12):
         parts = [next(rank) for rank in ranks]
@@ -173,25 +180,27 @@ def test_the_slices_of_all_ranks_in_rank_order_are_the_global_batch(world: int) 
         assert together == schedule.rows(step).tolist()
 
 
-def test_micro_batches_are_stacked_rows(prepared: Any) -> None:
-    dataset = TokenDataset(MdsSource(prepared.folder), 32)
-    schedule = BatchSchedule(len(dataset), global_batch=6, seed=0)
+@pytest.mark.parametrize("packed", [False, True])
+def test_micro_batches_are_stacked_rows(prepared: Any, packed: bool) -> None:
+    dataset = TokenDataset(MdsSource(prepared.folder), 32, packed)
+    schedule = one(len(dataset), global_batch=6, seed=0)
     step, micro_batches = next(batches(dataset, schedule, 0, 0, 1, micro_batch=3))
     assert step == 0
     rows = schedule.rows(0).reshape(2, 3)
     for batch, expected in zip(micro_batches, rows, strict=True):
-        assert set(batch) == {"tokens", "documents"}
-        assert batch["tokens"].shape == batch["documents"].shape == (3, 33)
+        assert set(batch) == ({"tokens", "documents", "starts"} if packed else {"tokens"})
+        assert batch["tokens"].shape == (3, 33)
         for number, row in enumerate(expected):
             tokens, documents = prepared.train.span(int(row) * 32, 33)
             assert batch["tokens"][number].tolist() == tokens
-            assert batch["documents"][number].tolist() == documents
+            if packed:
+                assert batch["documents"][number].tolist() == documents
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_resuming_is_starting_at_another_step(workers: int, prepared: Any) -> None:
-    dataset = TokenDataset(MdsSource(prepared.folder), 16)
-    schedule = BatchSchedule(len(dataset), global_batch=8, seed=4)
+    dataset = TokenDataset(MdsSource(prepared.folder), 16, packed=True)
+    schedule = one(len(dataset), global_batch=8, seed=4)
     straight = list(itertools.islice(batches(dataset, schedule, 0, 0, 1, 2), 9))
     resumed = list(itertools.islice(batches(dataset, schedule, 5, 0, 1, 2, workers=workers), 4))
     for (step, expected), (resumed_step, got) in zip(straight[5:], resumed, strict=True):
@@ -205,7 +214,7 @@ def test_resuming_is_starting_at_another_step(workers: int, prepared: Any) -> No
 def test_reading_leaves_the_global_random_state_alone(workers: int) -> None:
     dataset = TokenDataset(SyntheticSource(64, 1000, 0), 16)
     before = torch.get_rng_state()
-    next(batches(dataset, BatchSchedule(len(dataset), 4, 0), 0, 0, 1, 4, workers=workers))
+    next(batches(dataset, one(len(dataset), 4, 0), 0, 0, 1, 4, workers=workers))
     list(evaluation_batches(dataset, 0, 1, 4))
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -214,7 +223,7 @@ def test_reading_leaves_the_global_random_state_alone(workers: int) -> None:
 def test_a_bad_token_is_one_sentence_with_and_without_workers(workers: int, tmp_path: Path) -> None:
     np.arange(100, dtype=np.uint16).tofile(tmp_path / "a.bin")
     dataset = TokenDataset(TokenFileSource(tmp_path / "a.bin", "uint16", 50), 9)
-    endless = batches(dataset, BatchSchedule(len(dataset), len(dataset), 0), 0, 0, 1, 1, workers=workers)
+    endless = batches(dataset, one(len(dataset), len(dataset), 0), 0, 0, 1, 1, workers=workers)
     with pytest.raises(DataError, match=r"holds token \d+, its vocabulary ends at 49") as refusal:
         next(endless)
     assert "\n" not in str(refusal.value)
@@ -228,12 +237,12 @@ def test_a_bad_token_is_one_sentence_with_and_without_workers(workers: int, tmp_
         ({"micro_batch": 3}, "global_batch 8 is not a multiple of 2 data-parallel ranks \\* micro_batch 3"),
         ({"micro_batch": 0}, "micro_batch 0"),
         ({"start_step": -1}, "start_step is -1"),
-        ({"schedule": BatchSchedule(7, 8, 0)}, "schedule is for 7 rows and the data has 12"),
+        ({"schedule": one(7, 8, 0)}, "schedule is for 7 rows and the data has 12"),
     ],
 )
 def test_what_does_not_divide_is_refused_before_the_first_batch(changes: dict[str, Any], words: str) -> None:
     dataset = TokenDataset(Counting(49), 4)
-    arguments = {"schedule": BatchSchedule(12, 8, 0), "start_step": 0, "rank": 0, "world": 2, "micro_batch": 2}
+    arguments = {"schedule": one(12, 8, 0), "start_step": 0, "rank": 0, "world": 2, "micro_batch": 2}
     with pytest.raises(DataError, match=words):
         batches(dataset, **(arguments | changes))
 

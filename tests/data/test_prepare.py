@@ -143,11 +143,16 @@ def test_what_was_dropped_or_replaced_is_on_the_card(tmp_path: Path) -> None:
     counts = load_card(tmp_path / "out").counts
     assert dataclasses.asdict(counts) == {
         "documents": 1,
+        "bytes_read": 4,
         "empty": 1,
+        "first_empty": f"{tmp_path}/a.jsonl:2",
         "replaced_documents": 1,
         "replaced_sequences": 1,
+        "first_replaced": f"{tmp_path}/a.jsonl:1",
         "garbled_lines": 1,
-        "first_garbled": f"{tmp_path}/a.jsonl:3",
+        "garbled": [f"{tmp_path}/a.jsonl:3"],
+        "filtered": {},
+        "duplicates": 0,
     }
     # The bytes of a replaced sequence are those of the replacement, which is what the tokens spell.
     assert load_card(tmp_path / "out").splits["train"].bytes == len("x\ufffd".encode())
@@ -158,8 +163,8 @@ def test_progress_ends_with_the_whole_corpus(prepared: Any, tmp_path: Path) -> N
     options = dataclasses.replace(prepared.options, tokenizer="bpe", vocab_size=260)
     prepare(options, tmp_path / "out", lambda *report: seen.append(report))
     size = prepared.train.bytes + prepared.validation.bytes
-    assert list(dict.fromkeys(stage for stage, _, _ in seen)) == ["tokenizer", "tokenize", "digest"]
-    assert ("tokenizer", size, size) in seen
+    assert list(dict.fromkeys(stage for stage, _, _ in seen)) == ["scan", "tokenizer", "tokenize", "assemble"]
+    assert ("scan", size, size) in seen
     assert ("tokenize", size, size) in seen
 
 
@@ -227,7 +232,7 @@ SLOW_PREPARE = """
 import json, sys, time
 from titans_data import PrepareOptions, prepare
 def pause(stage, done, total):
-    if stage == "tokenize":
+    if stage == "tokenize" and done:
         print("tokenizing", flush=True)
         time.sleep(600)
 prepare(PrepareOptions(**json.loads(sys.argv[1])), sys.argv[2], pause)
@@ -241,7 +246,9 @@ def test_a_killed_prepare_leaves_nothing_finished_and_the_next_one_is_whole(
     child = start("-c", SLOW_PREPARE, json.dumps(dataclasses.asdict(prepared.options)), out)
     assert child.stdout is not None
     assert child.stdout.readline() == "tokenizing\n"
-    assert list((tmp_path / "out.tmp" / "train").glob("*.mds")), "the kill has to come in the middle of the writing"
+    assert list((tmp_path / "out.tmp").glob("unfinished/tokens-*/train/*.mds")), (
+        "the kill has to come in the middle of the writing"
+    )
 
     # Meanwhile nobody else may write to the same place.
     with pytest.raises(DataError, match="another process is preparing"):
@@ -297,7 +304,9 @@ def test_verify_accepts_an_untouched_dataset(prepared: Any, copy: Path) -> None:
     assert verify(copy) == prepared.card
 
 
-@pytest.mark.parametrize("name", ["train/shard.00002.mds", "validation/shard.00000.mds", "train/index.json"])
+@pytest.mark.parametrize(
+    "name", ["train/00000/shard.00002.mds", "validation/00000/shard.00000.mds", "train/index.json"]
+)
 def test_verify_finds_one_changed_bit(copy: Path, name: str) -> None:
     content = bytearray((copy / name).read_bytes())
     content[random.Random(3).randrange(len(content))] ^= 1
@@ -327,8 +336,8 @@ def test_verify_finds_a_card_that_contradicts_itself(copy: Path) -> None:
     [
         ("{", "cannot be read"),
         ("[]", "format version None"),
-        ('{"format_version": 99}', "format version 99, this program reads 1"),
-        ('{"format_version": 1}', "is not a dataset card"),
+        ('{"format_version": 99}', "format version 99, this program reads 2"),
+        ('{"format_version": 2}', "is not a dataset card"),
     ],
 )
 def test_a_card_that_cannot_be_used_is_explained(copy: Path, content: str, words: str) -> None:

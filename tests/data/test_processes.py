@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from titans_data import BatchSchedule, MdsSource
+from titans_data import BatchSchedule, MdsSource, Mixture, RowOrder
 
 Start = Callable[..., "subprocess.Popen[str]"]
 
@@ -21,14 +21,14 @@ RANK = """
 import itertools, sys
 import torch
 import torch.distributed as dist
-from titans_data import BatchSchedule, MdsSource, TokenDataset, batches
+from titans_data import BatchSchedule, MdsSource, Mixture, RowOrder, TokenDataset, batches
 dist.init_process_group("gloo")
 rank, world = dist.get_rank(), dist.get_world_size()
 dataset = TokenDataset(MdsSource(sys.argv[1]), 16)
 if rank == 1:
     # Opening is no collective: one rank may open what the others do not.
     MdsSource(sys.argv[1], "validation").read(0, 10)
-schedule = BatchSchedule(len(dataset), 8, seed=5)
+schedule = BatchSchedule(Mixture.of_one(8), [RowOrder(len(dataset), seed=5)])
 for step, micro_batches in itertools.islice(batches(dataset, schedule, 2, rank, world, 2, workers=1), 3):
     mine = torch.cat([batch["tokens"] for batch in micro_batches])
     parts = [torch.empty_like(mine) for _ in range(world)]
@@ -41,9 +41,9 @@ dist.destroy_process_group()
 
 READER = """
 import sys, time
-from titans_data import BatchSchedule, MdsSource, TokenDataset, batches
+from titans_data import BatchSchedule, MdsSource, Mixture, RowOrder, TokenDataset, batches
 dataset = TokenDataset(MdsSource(sys.argv[1]), 16)
-endless = batches(dataset, BatchSchedule(len(dataset), 8, seed=5), 0, 0, 1, 2, workers=1)
+endless = batches(dataset, BatchSchedule(Mixture.of_one(8), [RowOrder(len(dataset), seed=5)]), 0, 0, 1, 2, workers=1)
 total = sum(int(batch["tokens"].sum()) for _ in range(4) for batch in next(endless)[1])
 print("read", total, flush=True)
 if sys.argv[2] == "stay":
@@ -63,7 +63,7 @@ def streaming_leftovers() -> set[str]:
 
 def expected_total(prepared: Any) -> int:
     """What READER sums up, from the plain stream."""
-    schedule = BatchSchedule((len(prepared.train.tokens) - 1) // 16, 8, seed=5)
+    schedule = BatchSchedule(Mixture.of_one(8), [RowOrder((len(prepared.train.tokens) - 1) // 16, seed=5)])
     rows = [int(row) for step in range(4) for row in schedule.rows(step)]
     return sum(sum(prepared.train.tokens[row * 16 : row * 16 + 17]) for row in rows)
 

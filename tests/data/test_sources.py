@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from titans_data import DataError, MdsSource, SpanSource, SyntheticSource, TokenFileSource, TokenSource, open_source
-from titans_data.pages import PageWriter, decode_page, page_count
+from titans_data.pages import PageWriter, page_count
 
 
 def assert_span(source: TokenSource, stream: Any, start: int, length: int) -> None:
@@ -74,7 +74,7 @@ def test_pages_are_the_plain_stream_cut_at_every_page_tokens(
         stream += document
         writer.add(np.array(document))
     writer.finish()
-    pages = [decode_page(sample) for sample in LocalDataset(str(folder))]
+    pages = [(sample["tokens"], np.frombuffer(sample["starts"], "<i4")) for sample in LocalDataset(str(folder))]
     assert len(pages) == page_count(len(stream), page_tokens)
     assert [token for tokens, _ in pages for token in tokens.tolist()] == stream
     assert [len(tokens) for tokens, _ in pages[:-1]] == [page_tokens] * (len(pages) - 1)
@@ -104,35 +104,61 @@ def copy(prepared: Any, tmp_path: Path) -> Path:
     return Path(shutil.copytree(prepared.folder, tmp_path / "copy"))
 
 
-def test_a_missing_shard_is_named_at_open(copy: Path) -> None:
-    (copy / "train" / "shard.00001.mds").unlink()
-    with pytest.raises(DataError, match=r"train/shard\.00001\.mds cannot be found"):
+@pytest.fixture
+def shard(prepared: Any, copy: Path) -> Path:
+    """The second shard of the copy's train split."""
+    return copy / prepared.card.splits["train"].shards[1].name
+
+
+def test_a_missing_shard_is_named_at_open(copy: Path, shard: Path) -> None:
+    shard.unlink()
+    with pytest.raises(DataError, match=rf"{shard} cannot be found"):
         MdsSource(copy)
 
 
-def test_a_truncated_shard_is_named_at_open(copy: Path) -> None:
-    shard = copy / "train" / "shard.00001.mds"
+def test_a_truncated_shard_is_named_at_open(copy: Path, shard: Path) -> None:
     shard.write_bytes(shard.read_bytes()[:-1])
-    with pytest.raises(DataError, match=r"train/shard\.00001\.mds has \d+ bytes, its card says \d+"):
+    with pytest.raises(DataError, match=rf"{shard} has \d+ bytes, its card says \d+"):
         MdsSource(copy)
 
 
-def test_a_shard_that_vanishes_while_reading_is_a_data_error(copy: Path) -> None:
+def test_a_shard_that_vanishes_while_reading_is_a_data_error(copy: Path, shard: Path) -> None:
     source = MdsSource(copy)
-    (copy / "train" / "shard.00001.mds").unlink()
-    with pytest.raises(DataError, match=r"page \d+ of split 'train'"):
+    shard.unlink()
+    with pytest.raises(DataError, match=rf"page 0 of {shard} cannot be read"):
         source.read(0, source.num_tokens)
 
 
-def test_overwritten_pages_are_a_data_error(copy: Path) -> None:
+def test_overwritten_pages_are_a_data_error(copy: Path, shard: Path) -> None:
     """Every byte of a shard set to the same value: whatever part is damaged, the reader says so and does not crash."""
-    shard = copy / "train" / "shard.00001.mds"
     size = shard.stat().st_size
     for value in (0x00, 0xFF):
         shard.write_bytes(bytes([value]) * size)
         source = MdsSource(copy)
-        with pytest.raises(DataError):
+        with pytest.raises(DataError, match=rf"page 0 of {shard} cannot be read"):
             source.read(0, source.num_tokens)
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_no_byte_of_a_shard_can_crash_the_reader(
+    data: st.DataObject, prepared: Any, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """A flipped bit gives other tokens, which only a checksum can tell, or a DataError, but nothing else."""
+    name = prepared.card.splits["train"].shards[1].name
+    copy = tmp_path_factory.getbasetemp() / "flipped"
+    if not copy.exists():
+        shutil.copytree(prepared.folder, copy)
+    content = bytearray((prepared.folder / name).read_bytes())
+    content[data.draw(st.integers(0, len(content) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    (copy / name).write_bytes(content)
+    source = MdsSource(copy)
+    try:
+        tokens, documents = source.read(0, source.num_tokens)
+    except DataError:
+        return
+    assert len(tokens) == len(documents) == source.num_tokens
+    assert tokens.max() < source.vocab_size
 
 
 def test_a_token_outside_the_vocabulary_is_a_data_error(copy: Path) -> None:

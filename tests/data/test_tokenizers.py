@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from titans_data import DataError, load_tokenizer
-from titans_data.preparation import EvenSample
+from titans_data.sample import EvenSample
 from titans_data.tokenize import (
     END_OF_DOCUMENT,
     BytesTokenizer,
@@ -98,14 +98,14 @@ def test_training_is_the_same_in_another_process_and_order(
 @settings(max_examples=200, deadline=None)
 @given(text=st.text(st.sampled_from("ab \n\t"), max_size=120), size=st.integers(1, 30))
 def test_pieces_put_together_are_the_text(text: str, size: int) -> None:
-    pieces = split_long_text(text, size)
+    pieces = list(split_long_text(text, size))
     assert "".join(pieces) == text
     assert all(0 < len(piece) <= size for piece in pieces[:-1])
 
 
 def test_cutting_a_long_text_at_lines_does_not_change_its_tokens(bpe: HuggingFaceTokenizer) -> None:
     text = "".join(SAMPLE)
-    pieces = split_long_text(text, 150)
+    pieces = list(split_long_text(text, 150))
     assert len(pieces) > 5
     assert np.concatenate(bpe.encode_batch(pieces)).tolist() == bpe.encode_batch([text])[0].tolist()
 

@@ -8,8 +8,10 @@ import json
 import math
 import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -28,6 +30,7 @@ from tests.training.jobs import (
     Run,
     corpus,
     finish,
+    job,
     refusal,
 )
 from titans_data import PrepareOptions, prepare
@@ -75,7 +78,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
         PrepareOptions(format="text", source=str(home / "text"), tokenizer="bytes", validation_fraction=0.2),
         home / "data" / "bytes",
     )
-    overrides = (f"training.steps={STEPS}", "training.checkpoint_interval=2", "name=run")
+    overrides = (f"training.steps={STEPS}", "checkpoint.interval=2", "name=run")
     finish(home, "train", *TEXT, *SIZES, *TENSOR_2, *overrides, world=2)
     run = Run(home / "runs" / "run")
     documents = [texts[name].encode() for name in sorted(texts) if is_held_out(texts[name].encode())]
@@ -191,3 +194,25 @@ def test_another_model_than_that_of_the_checkpoint_is_refused(trained: Trained) 
     code, line = refusal(trained.home, *EVALUATE, *TENSOR_2, "model.hidden_size=64", "name=run", world=2)
     assert code == 4
     assert "holds another run: model.hidden_size=64 (it was 32), " in line
+
+
+def test_a_signal_stops_between_two_batches_on_all_processes(trained: Trained) -> None:
+    report = trained.run.folder / "reports" / "heldout.json"
+    report.unlink(missing_ok=True)
+
+    def before(rank: int) -> None:
+        from titans_dist.parallel.scorer import Scorer
+
+        load = Scorer.load
+
+        def signalled(scorer: Scorer, loaded: dict[str, Any]) -> None:
+            load(scorer, loaded)
+            if rank == 1:
+                signal.raise_signal(signal.SIGTERM)
+
+        mock.patch.object(Scorer, "load", signalled).start()
+
+    with job(trained.home, *EVALUATE, *DATA_2, "name=run", world=2, before=before) as stopped:
+        assert stopped.wait() == [3, 3]
+    assert stopped.err == "titans-dist: stopped by SIGTERM before the evaluation was over; start it again\n"
+    assert not report.exists()

@@ -22,7 +22,9 @@ Cli = Callable[..., Result]
 def environment(*first: str, **variables: str) -> dict[str, str]:
     """This environment without a trace of other launchers, with the packages (and `first`) importable."""
     foreign = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "HYDRA_FULL_ERROR")
-    kept = {key: value for key, value in os.environ.items() if key not in foreign and not key.startswith("SLURM_")}
+    kept = {
+        key: value for key, value in os.environ.items() if key not in foreign and not key.startswith(("SLURM_", "PET_"))
+    }
     return kept | {"PYTHONPATH": os.pathsep.join([*first, *ROOTS])} | variables
 
 
@@ -30,7 +32,7 @@ def command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "titans_launch", *arguments]
 
 
-def run(*arguments: str, cwd: Path, first: tuple[str, ...] = (), **variables: str) -> Result:
+def run(*arguments: str, cwd: Path, first: tuple[str, ...] = (), timeout_s: float = 100, **variables: str) -> Result:
     """Run `titans-dist ARGUMENTS` in `cwd` and wait for it."""
     return subprocess.run(
         command(*arguments),
@@ -38,5 +40,5 @@ def run(*arguments: str, cwd: Path, first: tuple[str, ...] = (), **variables: st
         env=environment(*first, **variables),
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=timeout_s,
     )

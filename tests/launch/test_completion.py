@@ -23,14 +23,31 @@ done
 """
 
 EXPECTED = {
-    "titans-dist ": "quickstart prepare train evaluate conformance parallel-check info",
+    "titans-dist ": "quickstart prepare data train resume evaluate submit status logs cancel requeue "
+    "checkpoint conformance parallel-check doctor drill info",
     "titans-dist ev": "evaluate",
     "titans-dist train model=1": "model=170m model=1b3",
     "titans-dist train model=3m training.st": "training.steps=",
     "titans-dist train variant=ma": "variant=mac variant=mag variant=mal variant=mamba2",
     "titans-dist prepare data=std": "data=stdlib data=stdlib_bytes",
     "titans-dist train experiment=q": "experiment=quickstart",
+    "titans-dist da": "data",
+    "titans-dist data ": "ls show verify stats plan",
+    "titans-dist data  s": "show stats",
+    "titans-dist data show data=std": "data=stdlib data=stdlib_bytes",
+    "titans-dist data plan inspect.to": "inspect.to_step=",
+    "titans-dist drill --": "--faults --seed --hours",
+    "titans-dist resume --e": "--explain",
+    "titans-dist resume --explain name=x model=1": "model=170m model=1b3",
+    "titans-dist checkpoint diff --": "--to-step --step --path",
+    "titans-dist checkpoint diff --step": "--step",
+    "titans-dist checkpoint diff --path b": "bin",
+    "titans-dist checkpoint diff --step 4 --step=4 data=std": "data=stdlib data=stdlib_bytes",
+    "titans-dist submit --d": "--dry-run",
+    "titans-dist status ": "mine",
+    "titans-dist logs --follow m": "mine",
     "titans-dist bogus mod": "",
+    "titans-dist data bogus mod": "",
 }
 
 
@@ -44,6 +61,9 @@ def bin_folder(tmp_path: Path) -> str:
 
 
 def test_bash_completes_commands_groups_and_keys(bin_folder: str, tmp_path: Path) -> None:
+    submission = tmp_path / "runs" / "mine" / "submit" / "submission.json"
+    submission.parent.mkdir(parents=True)
+    submission.touch()
     variables = environment()
     variables["PATH"] = f"{bin_folder}:{variables['PATH']}"
     lines = "".join(f"{line}\n" for line in EXPECTED)
@@ -52,7 +72,7 @@ def test_bash_completes_commands_groups_and_keys(bin_folder: str, tmp_path: Path
     )
     assert run.returncode == 0, run.stderr
     assert dict(zip(EXPECTED, run.stdout.splitlines(), strict=True)) == EXPECTED
-    assert [path.name for path in tmp_path.iterdir()] == ["bin"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bin", "runs"]
 
 
 def test_commands_complete_without_loading_hydra(tmp_path: Path) -> None:

@@ -3,61 +3,16 @@
 from __future__ import annotations
 
 import signal
-import subprocess
+import socket
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 
-from tests.launch.command_line import STUB, Cli, command, environment
+from tests.launch.command_line import Cli
+from tests.launch.jobs import ONCE, TRAIN, Job, alive, foreign_torchrun, logs
 from titans_dist.tracking import losses, read_metrics
 from titans_launch import evaluate
-
-TRAIN = ["train", "data=synthetic", "name=run", "training.log_interval=10"]
-
-
-def logs(folder: Path) -> dict[str, str]:
-    return {path.name: path.read_text() for path in (folder / "runs" / "run" / "logs").iterdir()}
-
-
-class Job:
-    """A `titans-dist train` that goes on until it is stopped."""
-
-    def __init__(self, folder: Path, *arguments: str, **variables: str) -> None:
-        self.run_dir = folder / "runs" / "run"
-        self.process = subprocess.Popen(
-            command(*TRAIN, "training.steps=100000", *arguments),
-            cwd=folder,
-            env=environment(STUB, **variables),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        self.seen: set[psutil.Process] = set()
-
-    def wait_for_steps(self, steps: int) -> None:
-        metrics = self.run_dir / "metrics.jsonl"
-        self.wait_until(lambda: metrics.exists() and len(read_metrics(metrics)) >= steps)
-
-    def wait_until(self, condition) -> None:  # type: ignore[no-untyped-def]
-        deadline = time.monotonic() + 60
-        while not condition():
-            assert self.process.poll() is None, self.process.communicate()
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-
-    def descendants(self) -> list[psutil.Process]:
-        return psutil.Process(self.process.pid).children(recursive=True)
-
-    def end(self) -> tuple[int, str, str]:
-        out, err = self.process.communicate(timeout=60)
-        return self.process.returncode, out, err
-
-
-def alive(processes: list[psutil.Process]) -> list[psutil.Process]:
-    _, left = psutil.wait_procs(processes, timeout=5)
-    return left
 
 
 def test_rank_0_is_on_the_console_and_every_rank_in_its_log(stubbed: Cli, tmp_path: Path) -> None:
@@ -83,27 +38,31 @@ def test_the_exit_code_and_the_sentence_of_a_worker_get_through(
 ) -> None:
     run = stubbed(*TRAIN, STUB_FAIL=failure)
     assert run.returncode == code
-    assert run.stderr == f"titans-dist: a sentence from rank {rank}\n"
-    assert logs(tmp_path)[f"train-rank{rank}.log"].endswith(run.stderr)
+    sentence, postmortem = run.stderr.splitlines()
+    assert sentence == f"titans-dist: a sentence from rank {rank}"
+    assert postmortem.startswith("titans-dist: postmortem in runs/run/postmortem/")
+    assert logs(tmp_path)[f"train-rank{rank}.log"].endswith(f"{sentence}\n")
 
 
 def test_a_bug_in_one_rank_shows_its_traceback_only(stubbed: Cli) -> None:
-    run = stubbed(*TRAIN, STUB_FAIL="bug:1")
+    run = stubbed(*TRAIN, *ONCE, STUB_FAIL="bug:1")
     assert run.returncode == 1
     assert run.stderr.startswith("Traceback (most recent call last)")
-    assert run.stderr.endswith("ZeroDivisionError: a bug in the program\n")
+    assert run.stderr.splitlines()[-2] == "ZeroDivisionError: a bug in the program"
     assert "ChildFailedError" not in run.stderr + run.stdout
 
 
 def test_a_killed_worker_is_named(stubbed: Cli) -> None:
-    run = stubbed(*TRAIN, "training.steps=100000", STUB_FAIL="kill:1")
+    run = stubbed(*TRAIN, *ONCE, "training.steps=100000", STUB_FAIL="SIGKILL:1")
     assert run.returncode == 1
-    assert run.stderr.startswith("titans-dist: rank 1 ended without a word, killed or out of memory; see ")
-    assert run.stderr.count("\n") == 1
+    sentence, postmortem = run.stderr.splitlines()
+    named = "rank 1 ended without a word (SIGKILL: killed, or out of memory)"
+    assert sentence.startswith(f"titans-dist: {named}; see ")
+    assert f"; {named.replace('rank 1', f'rank 1 on {socket.gethostname()}')}" in postmortem
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_reaches_the_workers_and_they_may_save(signum: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2])
+def test_a_signal_reaches_the_workers_and_they_may_save(signum: signal.Signals, tmp_path: Path) -> None:
     job = Job(tmp_path)
     job.wait_for_steps(5)
     children = job.descendants()
@@ -128,12 +87,13 @@ def test_a_second_signal_ends_the_job_at_once(tmp_path: Path) -> None:
     code, _, err = job.end()
     assert code == 1
     assert "ended without a word" in err
+    assert "starting all again" not in err
     assert alive(children) == []
 
 
 def test_a_signal_before_the_workers_began_loses_nothing(tmp_path: Path) -> None:
     job = Job(tmp_path)
-    job.wait_until(lambda: (job.run_dir / "logs" / "train-torchrun.log").exists())
+    job.wait_until(lambda: len(job.descendants()) > 0)
     job.process.terminate()
     code, _, err = job.end()
     assert code == 3
@@ -163,9 +123,7 @@ def test_a_sweep_trains_each_job_in_its_own_folder(stubbed: Cli, tmp_path: Path)
 
 
 def test_under_a_foreign_torchrun_each_process_is_a_worker(tmp_path: Path) -> None:
-    arguments = command(*TRAIN, "training.steps=11")[1:]
-    torchrun = [*command()[:2], "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments]
-    run = subprocess.run(torchrun, cwd=tmp_path, env=environment(STUB), capture_output=True, text=True, timeout=100)
+    run = foreign_torchrun(tmp_path, "training.steps=11")
     assert run.returncode == 0, run.stderr
     assert run.stdout.startswith("rank 0 of 2, ")
     assert "rank 1" not in run.stdout + run.stderr
@@ -174,6 +132,7 @@ def test_under_a_foreign_torchrun_each_process_is_a_worker(tmp_path: Path) -> No
 
 def test_under_srun_the_ranks_come_from_slurm(stubbed: Cli, tmp_path: Path) -> None:
     slurm = {"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_LOCALID": "1", "MASTER_ADDR": "localhost"}
+    slurm |= {"STUB_ALONE": "1"}
     run = stubbed(*TRAIN, "training.steps=11", OMP_NUM_THREADS="1", **slurm)
     assert (run.returncode, run.stdout) == (0, "")
     assert logs(tmp_path) == {"train-rank1.log": "rank 1 of 2, 1 threads\nrank 1 from below Python\n"}

@@ -12,7 +12,7 @@ from tests.launch.command_line import Cli
 from titans_dist.config import UserError
 from titans_launch import quickstart
 
-OVERRIDES = ["data=synthetic", "training.steps=40", "training.checkpoint_interval=10", "name=demo"]
+OVERRIDES = ["data=synthetic", "training.steps=40", "checkpoint.interval=10", "name=demo"]
 
 
 def train(step: int, loss: float = 1.0) -> dict:
@@ -77,9 +77,7 @@ def test_the_kill_comes_half_way_and_some_steps_past_a_checkpoint(rows: list[dic
 
 
 def test_training_that_ends_before_the_kill_is_a_failure(stubbed: Cli) -> None:
-    run = stubbed(
-        "quickstart", "data=synthetic", "training.steps=12", "training.checkpoint_interval=12", "parallel=single"
-    )
+    run = stubbed("quickstart", "data=synthetic", "training.steps=12", "checkpoint.interval=12", "parallel=single")
     assert run.returncode == 1
     assert run.stderr.startswith("titans-dist: training ended before it could be killed between step 6 and 12")
 

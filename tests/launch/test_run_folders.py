@@ -84,7 +84,7 @@ def test_files_of_the_user_extend_the_groups(here: Path, capfd: pytest.CaptureFi
 
 @given(st.text(min_size=1), st.text())
 def test_a_run_name_is_always_one_folder(experiment: str, overrides: str) -> None:
-    name = run_name(experiment, overrides)
+    name = run_name(experiment, [overrides])
     assert "/" not in name and "\0" not in name
     assert name not in (".", "..", "")
     assert len(name.encode()) <= 255 or not name.isascii()
@@ -92,8 +92,8 @@ def test_a_run_name_is_always_one_folder(experiment: str, overrides: str) -> Non
 
 
 def test_names_that_had_to_be_changed_stay_apart() -> None:
-    assert run_name("a", "data.source=x/y") != run_name("a", "data.source=x_y")
-    assert run_name("a", "x" * 200) != run_name("a", "x" * 201)
+    assert run_name("a", ["data.source=x/y"]) != run_name("a", ["data.source=x_y"])
+    assert run_name("a", ["x" * 200]) != run_name("a", ["x" * 201])
 
 
 @given(st.text(st.characters(exclude_characters="${}", exclude_categories=["C"])))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ from tests.checkpoint.small_training import Layout, SmallTraining
 from tests.distributed import run_distributed
 from titans_dist.checkpoint import sharded
 from titans_dist.checkpoint.store import Store
+from titans_dist.checkpoint.tensors import Tensors
+from titans_dist.parallel.cpu import cpu_device_mode
+from titans_dist.parallel.optimizer_state import boxes_of_range
 
 Parameters = dict[str, torch.Tensor]
 
@@ -117,3 +121,83 @@ def test_another_tensor_parallel_size_continues_the_same_training(tmp_path: Path
     up, down = (next(name for name in whole if part in name) for part in ("up", "down"))
     torch.testing.assert_close(torch.cat([rank[up] for rank in unbroken], 0), whole[up], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(torch.cat([rank[down] for rank in unbroken], 1), whole[down], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (3, 4), (2, 1, 3), (2, 3, 2, 2)])
+def test_a_range_of_a_flat_tensor_is_few_boxes_of_the_whole_one(shape: tuple[int, ...]) -> None:
+    whole = torch.arange(math.prod(shape)).reshape(shape)
+    for start in range(whole.numel()):
+        for end in range(start + 1, whole.numel() + 1):
+            boxes = boxes_of_range(start, end, shape)
+            parts = [
+                whole[tuple(slice(first, first + size) for first, size in zip(offset, box, strict=True))].flatten()
+                for offset, box in boxes
+            ]
+            assert torch.equal(torch.cat(parts), whole.flatten()[start:end])
+            assert len(boxes) <= max(1, 2 * len(shape) - 1)
+
+
+def upstream_state(training: SmallTraining) -> dict[str, Any]:
+    """megatron-core's own, which gathers everything on every rank; right where no bucket is padded."""
+    metadata = {"distrib_optim_sharding_type": "fully_reshardable"}
+    model = training.model.module.sharded_state_dict()
+    with cpu_device_mode():
+        return {"model": model, "optimizer": training.optimizer.sharded_state_dict(model, metadata=metadata)}
+
+
+def save_both(rank: int, world: int, root: Path, layout: Layout) -> None:
+    training = SmallTraining(layout)
+    training.train(1, 3)
+    for name, state in (("ours", training.state()), ("upstream", upstream_state(training))):
+        assert sharded.save(Store(root / name), 3, state, {}, keep=1).error is None
+
+
+@pytest.mark.parametrize(
+    ("world", "layout"),
+    [(2, Layout()), (2, Layout(bf16=True)), (4, Layout(tensor_parallel=2))],
+    ids=["DP2", "DP2 bf16", "TP2 DP2"],
+)
+def test_a_checkpoint_holds_what_megatron_cores_own_format_holds(tmp_path: Path, world: int, layout: Layout) -> None:
+    run_distributed(save_both, world, tmp_path, layout)
+    ours, upstream = (Tensors(Store(tmp_path / name).folder(3)) for name in ("ours", "upstream"))
+    assert ours.names == upstream.names
+    assert any(name.startswith("optimizer.state.exp_avg_sq.") for name in ours.names)
+    for name in ours.names:
+        assert ours.dtype(name) == upstream.dtype(name)
+        assert torch.equal(ours.read(name), upstream.read(name)), name
+
+
+def save_upstream(rank: int, world: int, root: Path, layout: Layout) -> Parameters:
+    training = SmallTraining(layout)
+    training.train(1, 3)
+    assert sharded.save(Store(root), 3, upstream_state(training), {}, keep=1).error is None
+    training.train(4, 6)
+    return training.parameters()
+
+
+def test_a_checkpoint_in_megatron_cores_own_format_is_continued(tmp_path: Path) -> None:
+    unbroken = run_distributed(save_upstream, 2, tmp_path, Layout())
+    resumed = run_distributed(load_and_train, 2, tmp_path, Layout(), 3, 3)
+    assert_equal_on_all_ranks(unbroken, resumed)
+
+
+def written_and_held(rank: int, world: int) -> tuple[int, int]:
+    """Elements of the optimizer's state that this rank writes, and that it has; exits where one is a copy."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
+
+    training = SmallTraining(Layout())
+    training.train(1, 1)
+    held = []
+    for part in getattr(training.optimizer, "chained_optimizers", [training.optimizer]):
+        for parameter, state in part.optimizer.state.items():
+            held += [parameter, state["exp_avg"], state["exp_avg_sq"]]
+    given = [x for x in nested_values(training.state()["optimizer"]) if isinstance(x, ShardedTensor)]
+    memory = {x.untyped_storage().data_ptr() for x in held}
+    assert all(x.data.untyped_storage().data_ptr() in memory for x in given)
+    return sum(x.data.numel() for x in given if is_main_replica(x.replica_id)), sum(x.numel() for x in held)
+
+
+def test_each_rank_writes_what_it_has_and_copies_nothing() -> None:
+    shares = run_distributed(written_and_held, 2)
+    assert all(written == held > 0 for written, held in shares)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
@@ -14,10 +17,11 @@ from tests.distributed import run_distributed
 from tests.training.jobs import SIZES, TENSOR_2, Job, job
 from tests.training.moments import Before, at_steps
 from titans_dist.config import UserError
-from titans_dist.parallel import peers
+from titans_dist.parallel import main_thread, peers
+from titans_launch import worker
 
 TRAIN = ("train", "data=synthetic", "data.vocab_size=257", *SIZES, *TENSOR_2, "parallel.data=2", "name=mine")
-WORLD = 4
+WORLD, HOST = 4, socket.gethostname()
 
 
 @pytest.fixture
@@ -50,9 +54,13 @@ def test_a_killed_process_is_named_by_all_others(folder: Path) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     for sentence in ended(at_steps({3: die}), folder, but=2):
-        assert "rank 2 is gone or stopped; rank " in sentence
+        assert f"rank 2 on {HOST} is gone or stopped; rank " in sentence
         assert " among " in sentence or " waiting for a collective" in sentence
         assert sentence.endswith("start the job again to go on from its last checkpoint")
+    logs = folder / "runs" / "mine" / "logs"
+    for rank in (0, 1, 3):
+        assert "RuntimeError: " in (logs / f"stacks-rank{rank}.txt").read_text()
+        assert json.loads((logs / f"flight-rank{rank}.json").read_text())["entries"]
 
 
 def test_a_process_that_stops_is_named_within_the_timeout(folder: Path) -> None:
@@ -66,7 +74,29 @@ def test_a_process_that_stops_is_named_within_the_timeout(folder: Path) -> None:
             assert stuck.ranks[rank].exitcode == 1
         said = sentences(stuck, folder, but=1)
     for sentence in said:
-        assert sentence.startswith("titans-dist: rank 1 is gone or stopped; rank ")
+        assert sentence.startswith(f"titans-dist: rank 1 on {HOST} is gone or stopped; rank ")
+
+
+def test_a_process_that_hangs_reports_to_its_launcher_and_ends(folder: Path) -> None:
+    reports = folder / "reports"
+    reports.mkdir()
+
+    def hang(rank: int) -> None:
+        peers.mark("step 3")
+        while rank == 1:
+            time.sleep(0.1)
+
+    def before(rank: int) -> None:
+        os.environ[worker.REPORTS] = str(reports)
+        at_steps({3: hang})(rank)
+
+    with job(folder, *TRAIN, "cluster.timeout_s=4", world=WORLD, before=before) as stuck:
+        assert stuck.wait() == [1] * WORLD
+    said = [json.loads((reports / f"0-{rank}.json").read_text())["text"] for rank in range(WORLD)]
+    # The other one learns of it from its sign of life, or from what it has left behind, whichever comes first.
+    assert all(f"rank 1 on {HOST} was in step 3, in hang at tests/" in sentence for sentence in said), said
+    assert " s; start the job again" in said[1] and said[1].count("without progress for ") == 1
+    assert "in hang" in (folder / "runs" / "mine" / "logs" / "stacks-rank1.txt").read_text()
 
 
 def test_the_last_collective_and_its_ranks_are_those_of_the_traceback() -> None:
@@ -80,7 +110,7 @@ def test_the_last_collective_and_its_ranks_are_those_of_the_traceback() -> None:
         try:
             dist.all_gather_into_tensor(torch.empty(3), torch.empty(1), group=group)
         except RuntimeError as error:
-            return peers.last_collective(error.__traceback__)
+            return main_thread.last_collective(error.__traceback__)
         return "no error"
 
     said = run_distributed(fail, 3)
@@ -97,7 +127,7 @@ def test_one_process_with_a_trouble_of_its_own_is_quoted(folder: Path) -> None:
             raise UserError("the disk of this machine is on fire; put it out")
 
     for sentence in ended(at_steps({2: fail}), folder, but=3):
-        assert "rank 3 ended (UserError: the disk of this machine is on fire; put it out)" in sentence
+        assert f"rank 3 on {HOST} ended (UserError: the disk of this machine is on fire; put it out)" in sentence
 
 
 def test_different_versions_are_refused_by_all_before_anything_begins(folder: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from titans_data import DataError, PrepareOptions, SyntheticSource, TokenSource, prepare
 from titans_dist.config import Config, ConfigError, DataConfig, ModelConfig
-from titans_dist.run.data import open_rows, open_source
+from titans_dist.run.data import open_rows, open_sources
 
 TOKENS = 1003
 
@@ -33,8 +33,8 @@ def everything(source: TokenSource) -> list[int]:
 
 def test_the_end_of_a_token_file_is_held_out(token_file: DataConfig) -> None:
     config = configured(token_file)
-    assert everything(open_source(config, "train")) == list(range(903))
-    assert everything(open_source(config, "validation")) == list(range(903, TOKENS))
+    assert everything(open_sources(config, "train")["main"]) == list(range(903))
+    assert everything(open_sources(config, "validation")["main"]) == list(range(903, TOKENS))
 
 
 def test_the_rows_of_the_splits_share_no_token(token_file: DataConfig) -> None:
@@ -57,10 +57,10 @@ def test_of_synthetic_tokens_the_end_is_held_out_too() -> None:
     data = DataConfig(format="synthetic", path="", vocab_size=97, synthetic_tokens=TOKENS, validation_fraction=0.25)
     config = configured(data)
     stream = everything(SyntheticSource(97, TOKENS, data.seed))
-    assert everything(open_source(config, "train")) == stream[:753]
-    assert everything(open_source(config, "validation")) == stream[753:]
+    assert everything(open_sources(config, "train")["main"]) == stream[:753]
+    assert everything(open_sources(config, "validation")["main"]) == stream[753:]
     data.seed += 1
-    assert everything(open_source(config, "train")) != stream[:753]
+    assert everything(open_sources(config, "train")["main"]) != stream[:753]
 
 
 def test_the_splits_of_a_prepared_dataset_are_its_own(tmp_path: Path) -> None:
@@ -69,7 +69,7 @@ def test_the_splits_of_a_prepared_dataset_are_its_own(tmp_path: Path) -> None:
     options = PrepareOptions(format="text", source=str(tmp_path), tokenizer="bytes", validation_fraction=0.3)
     card = prepare(options, tmp_path / "prepared")
     config = configured(DataConfig(format="text", path=str(tmp_path / "prepared")))
-    sources = {split: open_source(config, split) for split in ("train", "validation")}
+    sources = {split: open_sources(config, split)["main"] for split in ("train", "validation")}
     assert {split: source.num_tokens for split, source in sources.items()} == {
         split: card.splits[split].tokens for split in sources
     }

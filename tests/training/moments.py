@@ -29,10 +29,10 @@ def hold_in_save(step: int) -> Before:
     def before(rank: int) -> None:
         commit = Store.commit
 
-        def held(store: Store, saved: int, meta: dict[str, Any]) -> Path:
+        def held(store: Store, saved: int, meta: dict[str, Any], **more: Any) -> Path:
             if saved == step:
                 _wait()
-            return commit(store, saved, meta)
+            return commit(store, saved, meta, **more)
 
         mock.patch.object(Store, "commit", held).start()
 
@@ -58,11 +58,11 @@ def at_steps(actions: dict[int, Callable[[int], None]]) -> Before:
 
         take, numbers = Engine.step, itertools.count(1)
 
-        def step(engine: Engine, batches: list[Any]) -> StepResult:
+        def step(engine: Engine, batches: list[Any], *more: Any) -> StepResult:
             number = next(numbers)
             if number in actions:
                 actions[number](rank)
-            return take(engine, batches)
+            return take(engine, batches, *more)
 
         mock.patch.object(Engine, "step", step).start()
 

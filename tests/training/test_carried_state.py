@@ -49,7 +49,7 @@ def test_every_loss_and_the_state_are_bit_equal_after_a_kill(
     train = ("train", *CARRIED, *overrides, f"name={name}")
     run = Run(home / "runs" / name)
     with job(home, *train, world=world, before=hold_before_step(7)) as killed:
-        killed.wait_until(lambda: 6 in run.steps)
+        killed.wait_until(lambda: 6 in run.steps and run.store.committed() == [4])
         killed.kill()
         assert killed.wait() == [-signal.SIGKILL] * world
     finish(home, *train, world=world)

@@ -18,16 +18,21 @@ COMMON = "common.json"
 _MAX_TENSOR_ELEMENTS = 1024
 
 
-def write_common(folder: Path, state: dict[Any, Any]) -> None:
-    """Write ``state`` to ``common.json``.
+def encode_common(state: dict[Any, Any]) -> str:
+    """The content of ``common.json`` for ``state``.
 
     Raises TypeError with the place and type of a value that is none of the above (or a tensor of over 1024 elements).
     """
-    (folder / COMMON).write_text(json.dumps(_encode(state, "")), encoding="utf-8")
+    return json.dumps(_encode(state, ""))
+
+
+def write_common(folder: Path, state: dict[Any, Any]) -> None:
+    """Write ``state`` to ``common.json``; raises as ``encode_common`` does."""
+    (folder / COMMON).write_text(encode_common(state), encoding="utf-8")
 
 
 def read_common(folder: Path) -> dict[Any, Any]:
-    """What ``write_common`` wrote. Raises OSError or ValueError where the file is gone or damaged."""
+    """What ``common.json`` was encoded from. Raises OSError or ValueError where the file is gone or damaged."""
     state: dict[Any, Any] = _decode(json.loads((folder / COMMON).read_text(encoding="utf-8")))
     return state
 

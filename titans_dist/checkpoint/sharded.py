@@ -3,11 +3,6 @@
 ``save`` and ``load`` are collective: every rank of the default process group calls them. The folder must be one that
 all ranks see. The files can be read by ``megatron.core.dist_checkpointing`` on any other layout of ranks.
 
-Why not ``dist_checkpointing.save``: in 0.16.1 a rank that cannot write raises alone, in the middle of collectives in
-which the others then wait (rank 0 for ``common.pt``, ``.metadata`` and ``metadata.json``, any rank for its folder and
-its queue), and its writer forks processes whose death nobody notices. Here the same planner and file format are driven
-in phases. A phase does its work without a collective inside, and ends with the exchange of everybody's outcome.
-
 No pickle is trusted. Unsharded state is JSON (``common``), tensors are read with ``weights_only=True``, sharded
 *objects* are refused. What remains is torch's own index, the file ``.metadata``, which upstream defines as a pickle:
 it is checked against an allow-list of plain data classes before anything else reads it.
@@ -15,35 +10,28 @@ it is checked against an allow-list of plain data classes before anything else r
 
 from __future__ import annotations
 
-import dataclasses
 import pickle
-import time
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 
 import titans_dist.megatron  # noqa: F401  # isort: skip  (quickens the imports below)
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, extract_matching_values, nested_values
-from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedObject
-from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess, save_preprocess
-from megatron.core.dist_checkpointing.strategies.torch import (
-    MCoreSavePlanner,
-    _replace_state_dict_keys_with_sharded_keys,
-    mcore_to_pyt_state_dict,
-)
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 from megatron.core.dist_checkpointing.utils import extract_sharded_base
-from megatron.core.dist_checkpointing.validation import determine_global_metadata, validate_sharding_integrity
-from torch.distributed.checkpoint import CheckpointException, FileSystemWriter, Metadata
-from torch.distributed.checkpoint.filesystem import _StoragePrefix
+from torch.distributed.checkpoint import Metadata
 
-from titans_dist.checkpoint.common import JsonCommon, read_common, write_common
+from titans_dist.checkpoint.agreement import AgreedFailure, Agreement
+from titans_dist.checkpoint.common import JsonCommon, read_common
+from titans_dist.checkpoint.host import without_objects
+from titans_dist.checkpoint.saver import Saver, SaveResult
 from titans_dist.checkpoint.store import Store
 from titans_dist.config.errors import CheckpointError
+from titans_dist.config.run import CheckpointConfig
 
 _Result = TypeVar("_Result")
 
@@ -64,42 +52,16 @@ _METADATA_CLASSES = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class SaveResult:
-    """The outcome of a save, the same on every rank; ``error`` is None or one sentence."""
-
-    seconds: float
-    bytes: int
-    error: str | None
-
-
-class _AgreedFailure(Exception):
-    """Raised on every rank at the same place, with the same sentence."""
-
-
 def save(store: Store, step: int, sharded_state: dict[str, Any], meta: dict[str, Any], *, keep: int) -> SaveResult:
-    """Write ``sharded_state`` as the checkpoint of ``step`` and remove all but the ``keep`` newest; collective.
-
-    ``sharded_state`` holds ShardedTensors, JSON-like values (those of rank 0 are stored) and
-    LocalNonpersistentObjects (not stored); ``meta`` is JSON for ``store.meta``. A failure on any rank raises nothing:
-    every rank gets the same ``error``, earlier checkpoints stay, and a later save may succeed.
-    """
-    start = time.monotonic()
-    size_bytes = 0
-    error: str | None = None
+    """One save of a `Saver` that is written, once, before this returns; collective."""
+    saver = Saver(store, CheckpointConfig(keep=keep, asynchronous=False, retries=0))
     try:
-        folder = Path(_rank_0_decides(lambda: str(store.begin(step))))
-        _write(folder, sharded_state)
-        size_bytes = _rank_0_decides(lambda: _size_bytes(store.commit(step, meta)))
-    except _AgreedFailure as failure:
-        error = f"cannot save step {step}: {failure}"
-        _remove_quietly(store, step)
-    else:
-        try:
-            _rank_0_decides(lambda: store.prune(keep))
-        except _AgreedFailure as failure:
-            error = f"step {step} is saved, but old checkpoints cannot be removed: {failure}"
-    return SaveResult(time.monotonic() - start, size_bytes, error)
+        saver.start(step, sharded_state, meta)
+        result = saver.wait()
+    finally:
+        saver.close()
+    assert result is not None
+    return result
 
 
 def load(store: Store, step: int, sharded_state: dict[str, Any], *, partial: bool = False) -> dict[str, Any]:
@@ -110,82 +72,65 @@ def load(store: Store, step: int, sharded_state: dict[str, Any], *, partial: boo
     Raises CheckpointError with the same sentence on every rank: for a damaged folder, for tensors that only the
     checkpoint or only the model has, and for shapes that differ.
     """
-    folder = store.folder(step)
+    folder, ranks = store.folder(step), Agreement()
     try:
-        _rank_0_decides(lambda: store.verify(step, digests=False))
-        index, common = _agreed(lambda: (_read_index(folder), read_common(folder)))
-        state, requested = _agreed(lambda: _requested_shapes(sharded_state))
-        everybody: list[dict[str, tuple[int, ...]]] = [{} for _ in range(dist.get_world_size())]
-        dist.all_gather_object(everybody, requested)
-        _agreed(lambda: _compare(folder, index, everybody, partial))
+        ranks.on_rank_0(lambda: store.verify(step, digests=False))
+        index, common = ranks.agreed(lambda: (_read_index(folder), read_common(folder)))
+        state, requested = ranks.agreed(lambda: _requested_shapes(sharded_state))
+        everybody = ranks.everybody(requested)
+        ranks.agreed(lambda: _compare(folder, index, everybody, partial))
         # Keys and shapes are known to be right; megatron-core's own checks may raise on one rank and leave the others
         # waiting. From here on torch hands a failure of one rank to all.
-        return _agreed(
+        return ranks.agreed(
             lambda: dist_checkpointing.load(
                 state, str(folder), common_strategy=JsonCommon(common), validate_access_integrity=False
             )
         )
-    except _AgreedFailure as failure:
+    except AgreedFailure as failure:
         raise CheckpointError(f"cannot load step {step}: {failure}") from None
 
 
 def newest_valid(store: Store, warn: Callable[[str], None]) -> int | None:
     """``store.newest_valid`` as rank 0 sees it, on every rank; only rank 0 warns. Collective."""
+    return on_rank_0(lambda: store.newest_valid(warn))
+
+
+def on_rank_0(work: Callable[[], _Result]) -> _Result:
+    """What `work` returns on rank 0, on every rank; raises CheckpointError on all when it failed. Collective."""
     try:
-        return _rank_0_decides(lambda: store.newest_valid(warn))
-    except _AgreedFailure as failure:
-        raise CheckpointError(f"cannot look for checkpoints: {failure}") from None
+        return Agreement().on_rank_0(work)
+    except AgreedFailure as failure:
+        raise CheckpointError(str(failure).removeprefix("rank 0: ")) from None
 
 
-def _write(folder: Path, sharded_state: dict[str, Any]) -> None:
-    """Fill ``folder`` in phases, each agreed on by all ranks; raises _AgreedFailure on all of them."""
-    rank = dist.get_rank()
-    sharded, common = _agreed(lambda: save_preprocess(_without_objects(sharded_state), False))
-    _, everybody = determine_global_metadata(sharded)
-    _agreed(lambda: validate_sharding_integrity(everybody))  # looks at rank 0 only
-    planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
-    # One thread: torch loses the exceptions of the other threads of a writer.
-    writer = FileSystemWriter(folder, thread_count=1, sync_files=True)
+def check_space(store: Store, size_bytes: int, keep: int) -> str | None:
+    """Whether the disk has room for the checkpoints of a run, each of about `size_bytes`; a warning if not for all.
 
-    def plan_locally() -> Any:
-        tensors, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
-        planner.set_up_planner(mcore_to_pyt_state_dict(tensors, False), is_coordinator=rank == 0)
-        writer.set_up_storage_writer(rank == 0)
-        return writer.prepare_local_plan(planner.create_local_plan())
-
-    plan = _agreed(plan_locally)
-    plans = _gathered(plan)
-    metadata: Metadata | None = _agreed(lambda: planner.create_global_plan(plans)[1] if rank == 0 else None)
-    plan = planner.finish_plan(dataclasses.replace(plan, storage_data=_StoragePrefix(f"__{rank}_")))
-    results = _gathered(_agreed(lambda: writer.write_data(plan, planner).value() if plan.items else []))
-
-    def finish() -> None:
-        if metadata is not None:
-            write_common(folder, common)
-            writer.finish(metadata, results)
-            save_config(CheckpointingConfig("torch_dist", 1), str(folder))
-
-    _agreed(finish)
+    Raises CheckpointError when not even one more fits. For a moment there is one more than `keep`.
+    """
+    folder = next(path for path in (store.root, *store.root.absolute().parents) if path.is_dir())
+    free_bytes = shutil.disk_usage(folder).free
+    if free_bytes < size_bytes:
+        raise CheckpointError(
+            f"{folder} has {_gb(free_bytes)} of free space and a checkpoint takes {_gb(size_bytes)}: make room, or "
+            "set run_dir to a larger disk"
+        )
+    fitting = len(store.committed()) + free_bytes // size_bytes
+    if fitting > keep:
+        return None
+    return (
+        f"{folder} has {_gb(free_bytes)} of free space, and checkpoint.keep={keep} needs room for {keep + 1} "
+        f"checkpoints of {_gb(size_bytes)}: make room, or keep fewer"
+    )
 
 
-def _without_objects(sharded_state: dict[str, Any]) -> dict[str, Any]:
-    """A copy in which empty ShardedObjects (the ``_extra_state`` of megatron-core's linears) are not stored."""
-    copy, _ = extract_matching_values(sharded_state, lambda _: True)
-
-    def replace(value: Any) -> Any:
-        if not isinstance(value, ShardedObject):
-            return value
-        if value.data is not None:
-            raise CheckpointError(f"{value.key} would be stored as a pickle; make it a ShardedTensor or plain numbers")
-        return LocalNonpersistentObject(None)
-
-    copied: dict[str, Any] = dict_list_map_inplace(replace, copy)
-    return copied
+def _gb(size_bytes: int) -> str:
+    return f"{size_bytes / 1e9:.3g} GB"
 
 
 def _requested_shapes(sharded_state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
     """The state to load, and the global shape of every tensor that this rank asks for."""
-    state = _without_objects(sharded_state)
+    state = without_objects(sharded_state)
     sharded, _, _ = load_preprocess(state)
     tensors, _ = extract_sharded_base(sharded)
     return state, {tensor.key: tuple(tensor.global_shape) for tensor in nested_values(tensors)}
@@ -223,65 +168,3 @@ def _read_index(folder: Path) -> Metadata:
     with (folder / _METADATA).open("rb") as stream:
         metadata: Metadata = _MetadataUnpickler(stream).load()
     return metadata
-
-
-def _agreed(work: Callable[[], _Result]) -> _Result:
-    """Run ``work`` on this rank, then learn how it went on all; raises _AgreedFailure on all when it failed on one."""
-    result: Any = None
-    problem: str | None = None
-    try:
-        result = work()
-    except (Exception, CheckpointException) as error:  # whatever it is, the peers must hear of it and not wait
-        problem = _sentence(error)
-    problems: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, problem)
-    failed = [rank for rank, text in enumerate(problems) if text is not None]
-    if failed:
-        others = f" (and {len(failed) - 1} more ranks)" if len(failed) > 1 else ""
-        raise _AgreedFailure(f"rank {failed[0]}{others}: {problems[failed[0]]}")
-    return result
-
-
-def _rank_0_decides(work: Callable[[], _Result]) -> _Result:
-    """Run ``work`` on rank 0 and give its result to all; raises _AgreedFailure on all when it failed."""
-    result = [_agreed(lambda: work() if dist.get_rank() == 0 else None)]
-    dist.broadcast_object_list(result, src=0)
-    return result[0]  # type: ignore[return-value]
-
-
-def _gathered(value: Any) -> list[Any]:
-    """The values of all ranks on rank 0, an empty list elsewhere."""
-    values: list[Any] = [None] * dist.get_world_size() if dist.get_rank() == 0 else []
-    dist.gather_object(value, values or None, dst=0)
-    return values
-
-
-def _sentence(error: BaseException) -> str:
-    """One line for ``error``, or for the cause of it that a person can mend.
-
-    torch hides "No space left on device" behind an error of its own zip writer, and wraps the failures of a load.
-    """
-    if isinstance(error, CheckpointException):  # a BaseException of torch, the same on all ranks
-        rank, (failure, _) = next(iter(error.failures.items()))
-        return f"{_sentence(failure)} (on rank {rank})"
-    if isinstance(error, pickle.UnpicklingError):  # torch's text is an advice to unpickle anything
-        return "a file of tensors is damaged and cannot be read"
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, OSError | CheckpointError):
-        cause = cause.__cause__ or cause.__context__
-    shown = cause or error
-    line = (str(shown).strip().splitlines() or ["no message"])[0]
-    return line if shown is cause else f"{type(shown).__name__}: {line}"
-
-
-def _remove_quietly(store: Store, step: int) -> None:
-    """All ranks have stopped writing; what cannot be removed is a leftover and no checkpoint."""
-    if dist.get_rank() == 0:
-        try:
-            store.abort(step)
-        except OSError:
-            return
-
-
-def _size_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

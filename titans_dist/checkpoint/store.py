@@ -1,17 +1,20 @@
 """The commit protocol of checkpoints on a local or shared POSIX folder.
 
-A checkpoint is written into ``step_00000010.tmp/``. ``commit`` adds ``manifest.json`` (every file's size and SHA-256),
-brings everything to the disk and renames the folder to ``step_00000010/``. The rename is atomic, so at every moment,
-also after a kill or a power cut, a folder without ``.tmp`` is whole. ``latest`` names the newest for people and tools;
-nothing here trusts it.
+A checkpoint is written into ``step_00000010.<incarnation>.tmp/``. ``commit`` adds ``manifest.json`` (every file's size
+and SHA-256), brings everything to the disk and renames the folder to ``step_00000010/``. The rename is atomic, so at
+every moment, also after a kill or a power cut, a folder without ``.tmp`` is whole. ``latest`` names the newest for
+people and tools; nothing here trusts it.
 
     root/
-      latest                     "step_00000020"
+      latest                              "step_00000020"
+      lease.json                          which start of the run may write here (see `lease`)
       step_00000010/manifest.json, ...
       step_00000020/manifest.json, ...
-      step_00000030.tmp/         a save in progress, or the leftover of a killed one
+      step_00000030.8f14e45f.tmp/         a save in progress, or the leftover of a killed one
 
-Only one process at a time may change a store. Methods that write raise OSError when the folder cannot be written.
+Only one process at a time may change a store. One with a lease finds out when another has taken over; its temporary
+folders are its own, so that two never mix their files. Methods that write raise OSError when the folder cannot be
+written, and FencedError when the lease is another's.
 """
 
 from __future__ import annotations
@@ -26,22 +29,30 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from titans_dist.checkpoint.lease import Lease
+from titans_dist.checkpoint.retention import removable
 from titans_dist.config.errors import CheckpointError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 3
 MANIFEST = "manifest.json"
 LATEST = "latest"
 
+_SEAL = "sha256"
 _HASH_THREADS = 8
-_HASH_BLOCK_BYTES = 4 << 20
 _STEP_FOLDER = re.compile(r"step_(\d{8,})")
+_TEMPORARY = re.compile(r"step_(\d{8,})(?:\.([0-9a-f]{8}))?(?:\.(old|replaced))?\.tmp")
+
+Entry = dict[str, Any]
+"""What the manifest says of a file: `size` in bytes and `sha256`."""
 
 
 class Store:
     """The checkpoints below one folder, which is made by the first ``begin``."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, lease: Lease | None = None) -> None:
         self.root = root
+        self.lease = lease
+        """The right to write; without one, the caller knows that nobody else does."""
         self._committed_here: set[int] = set()  # hashed by this process a moment ago; prune need not read them again
 
     def folder(self, step: int) -> Path:
@@ -49,53 +60,87 @@ class Store:
         return self.root / f"step_{step:08d}"
 
     def begin(self, step: int) -> Path:
-        """Make a clean folder for the files of ``step`` and return it; a leftover of the same step is removed."""
+        """Make a clean folder for the files of ``step`` and return it.
+
+        A leftover of the same step is removed, and those of earlier starts: nobody may commit them any more.
+        """
+        self.check_lease()
         temporary = self._temporary(step)
+        for path in self._leftovers_of_others():
+            shutil.rmtree(path)
+        for path in self.root.glob(f"{LATEST}*.tmp"):
+            path.unlink(missing_ok=True)
         if temporary.exists():
             shutil.rmtree(temporary)
         temporary.mkdir(parents=True)
         return temporary
 
-    def commit(self, step: int, meta: dict[str, Any]) -> Path:
+    def commit(
+        self,
+        step: int,
+        meta: dict[str, Any],
+        *,
+        permanent: bool = False,
+        digests: dict[str, str] | None = None,
+        files: dict[str, Entry] | None = None,
+    ) -> Path:
         """Make what was written since ``begin(step)`` the checkpoint of ``step``; ``meta`` must be JSON.
 
+        A ``permanent`` one is never pruned. ``digests`` of what it holds are kept for the comparison with the next.
+        ``files`` are the entries of all files, where those who wrote them have hashed them and brought them to the
+        disk; otherwise that is done here. Raises CheckpointError where such a file is not there or of another size.
         A checkpoint of the same step (of a run that went back and came here again) is replaced.
         """
+        self.check_lease()
         temporary, final = self._temporary(step), self.folder(step)
-        files = sorted(path for path in temporary.rglob("*") if path.is_file())
-        with ThreadPoolExecutor(_HASH_THREADS) as pool:
-            entries = list(pool.map(_entry_on_disk, files))
+        if files is None:
+            files = entries(temporary)
+        else:
+            _check_sizes(temporary, files, f"is not in {temporary} as this process sees it")
         manifest = {
             "format": FORMAT_VERSION,
             "step": step,
+            "permanent": permanent,
             "meta": meta,
-            "files": {str(path.relative_to(temporary)): entry for path, entry in zip(files, entries, strict=True)},
+            "digests": digests or {},
+            "files": files,
         }
-        _write_synced(temporary / MANIFEST, json.dumps(manifest, indent=1, allow_nan=False))
+        _write_synced(temporary / MANIFEST, sealed(manifest))
+        # Written beforehand, so that a disk that is full by now makes the commit fail as a whole.
+        latest = self._latest_beforehand()
+        _write_synced(latest, final.name + "\n")
         for folder in [*(path for path in temporary.rglob("*") if path.is_dir()), temporary]:
             _sync(folder)
-        doomed = self._move_aside(final) if final.exists() else None
+        self.check_lease()
+        replaced = self._move_aside(final, "replaced") if final.exists() else None
         temporary.rename(final)
         _sync(self.root)
-        if doomed is not None:
-            shutil.rmtree(doomed)
+        if replaced is not None:
+            shutil.rmtree(replaced)
         self._committed_here.add(step)
-        _write_synced(self.root / f"{LATEST}.tmp", final.name + "\n")
-        (self.root / f"{LATEST}.tmp").replace(self.root / LATEST)
+        self.check_lease()
+        latest.replace(self.root / LATEST)
         _sync(self.root)
         return final
 
+    def check_lease(self) -> None:
+        """Raise FencedError when another start may write here by now."""
+        if self.lease is not None:
+            self.lease.check()
+
     def abort(self, step: int) -> None:
         """Remove what was written since ``begin(step)``."""
-        if self._temporary(step).exists():
-            shutil.rmtree(self._temporary(step))
+        temporary = self._temporary(step)
+        self._latest_beforehand().unlink(missing_ok=True)
+        if temporary.exists():
+            shutil.rmtree(temporary)
 
     def committed(self) -> list[int]:
         """The steps with a readable manifest, oldest first."""
         steps = []
         for step, folder in self._step_folders():
             try:
-                self._manifest(step)
+                self.manifest(step)
             except CheckpointError:
                 continue
             if folder == self.folder(step):
@@ -114,27 +159,22 @@ class Store:
         Raises CheckpointError naming the first file that is missing, cut short or changed.
         """
         folder = self.folder(step)
-        files: dict[str, dict[str, Any]] = self._manifest(step)["files"]
-        for name, entry in files.items():
-            if not (folder / name).is_file():
-                raise CheckpointError(f"checkpoint {folder} is damaged: {name} is missing")
-            size_bytes = (folder / name).stat().st_size
-            if size_bytes != entry["size"]:
-                raise CheckpointError(
-                    f"checkpoint {folder} is damaged: {name} has {size_bytes} bytes instead of {entry['size']}"
-                )
+        files: dict[str, Entry] = self.manifest(step)["files"]
+        _check_sizes(folder, files, "is missing", f"checkpoint {folder} is damaged: ")
         if not digests:
             return
         with ThreadPoolExecutor(_HASH_THREADS) as pool:
-            found = pool.map(lambda name: _sha256(folder / name), files)
+            found = pool.map(lambda name: sha256(folder / name), files)
             for name, digest in zip(files, found, strict=True):
                 if digest != files[name]["sha256"]:
                     raise CheckpointError(f"checkpoint {folder} is damaged: the content of {name} has changed")
 
     def newest_valid(self, warn: Callable[[str], None]) -> int | None:
         """The newest step whose files verify, or None; ``warn`` gets one sentence for each thing passed over."""
+        if self.lease is not None:
+            self._put_back_replaced()
         for leftover in self.leftovers():
-            warn(f"{leftover} is the leftover of an interrupted save or has no readable {MANIFEST}; it is ignored")
+            warn(f"{leftover} is the leftover of an interrupted save or has no sound {MANIFEST}; it is ignored")
         for step in reversed(self.committed()):
             try:
                 self.verify(step)
@@ -146,52 +186,87 @@ class Store:
 
     def meta(self, step: int) -> dict[str, Any]:
         """What was given to ``commit(step, meta)``; raises CheckpointError where there is no such checkpoint."""
-        meta: dict[str, Any] = self._manifest(step)["meta"]
+        meta: dict[str, Any] = self.manifest(step)["meta"]
         return meta
 
-    def prune(self, keep: int) -> None:
-        """Remove all but the ``keep`` newest checkpoints, but never the newest valid one, and old ``.tmp`` leftovers.
+    def manifest(self, step: int) -> dict[str, Any]:
+        """The whole ``manifest.json``: format, step, permanent, meta, digests, files. Raises as ``meta`` does."""
+        folder = self.folder(step)
+        try:
+            text = (folder / MANIFEST).read_text(encoding="utf-8")
+        except (OSError, ValueError):
+            raise CheckpointError(f"{folder} is not a checkpoint: {MANIFEST} cannot be read") from None
+        return parse_manifest(text, step, str(folder))
 
-        A ``.tmp`` newer than the newest checkpoint may be a save in progress and stays.
-        """
-        if keep < 1:
-            raise ValueError(f"keep is {keep}, but at least one checkpoint must stay")
+    def digest(self, step: int) -> str:
+        """sha256 of the manifest, and so of everything in the checkpoint: no other has the same."""
+        return _digest(self.manifest(step))
+
+    def plan(self, keep: int) -> list[int]:
+        """The steps that ``prune(keep)`` would remove, oldest first."""
         steps = self.committed()
-        kept = steps[-keep:]
-        if len(kept) < len(steps) and not any(self._is_valid(step) for step in reversed(kept)):
-            kept += [step for step in reversed(steps[:-keep]) if self._is_valid(step)][:1]
-        for step in steps:
-            if step not in kept:
-                shutil.rmtree(self._move_aside(self.folder(step)))
+        permanent = {step for step in steps if self.manifest(step)["permanent"]}
+        return removable(steps, permanent, keep, self._is_valid)
+
+    def prune(self, keep: int) -> list[int]:
+        """Remove old checkpoints and ``.tmp`` leftovers; returns the steps removed.
+
+        The ``keep`` newest stay, those that are permanent, and the newest valid one. A ``.tmp`` newer than the newest
+        checkpoint may be a save in progress and stays.
+        """
+        self.check_lease()
+        doomed = self.plan(keep)
+        for step in doomed:
+            self._remove(step)
+        newest = max(self.committed(), default=-1)
         for step, path in self._temporaries():
-            if steps and step <= steps[-1]:
+            if step <= newest:
                 shutil.rmtree(path)
+        return doomed
+
+    def discard_after(self, step: int) -> None:
+        """Remove all checkpoints later than ``step``, permanent ones too: the run has gone back there."""
+        self.check_lease()
+        for later in reversed([later for later in self.committed() if later > step]):
+            self._remove(later)
+        _write_synced(self._latest_beforehand(), self.folder(step).name + "\n")
+        self._latest_beforehand().replace(self.root / LATEST)
+        _sync(self.root)
 
     def _temporary(self, step: int) -> Path:
-        return self.root / f"step_{step:08d}.tmp"
+        return self.root / f"step_{step:08d}{self._suffix()}"
+
+    def _latest_beforehand(self) -> Path:
+        return self.root / f"{LATEST}{self._suffix()}"
+
+    def _suffix(self) -> str:
+        return ".tmp" if self.lease is None else f".{self.lease.incarnation}.tmp"
 
     def _step_folders(self) -> list[tuple[int, Path]]:
         return self._matching(_STEP_FOLDER)
 
     def _temporaries(self) -> list[tuple[int, Path]]:
-        return self._matching(re.compile(_STEP_FOLDER.pattern + r"(?:\.old)?\.tmp"))
+        return self._matching(_TEMPORARY)
+
+    def _leftovers_of_others(self) -> list[Path]:
+        """Temporary folders of other incarnations, which the lease says are dead or fenced off."""
+        if self.lease is None:
+            return []
+        matches = [(_TEMPORARY.fullmatch(path.name), path) for _, path in self._temporaries()]
+        return [path for match, path in matches if match and match[2] not in (None, self.lease.incarnation)]
+
+    def _put_back_replaced(self) -> None:
+        """A kill in the moment between two renames has left a step without its old and its new checkpoint."""
+        self.check_lease()
+        for step, path in self._temporaries():
+            if path.name.endswith(".replaced.tmp") and not self.folder(step).exists():
+                path.rename(self.folder(step))
 
     def _matching(self, pattern: re.Pattern[str]) -> list[tuple[int, Path]]:
         if not self.root.is_dir():
             return []
         matches = [(pattern.fullmatch(path.name), path) for path in self.root.iterdir() if path.is_dir()]
         return sorted((int(match[1]), path) for match, path in matches if match)
-
-    def _manifest(self, step: int) -> dict[str, Any]:
-        path = self.folder(step) / MANIFEST
-        try:
-            manifest: dict[str, Any] = json.loads(path.read_text())
-            version, complete = manifest["format"], {"step", "meta", "files"} <= manifest.keys()
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            raise CheckpointError(f"{self.folder(step)} is not a checkpoint: {MANIFEST} cannot be read") from None
-        if version != FORMAT_VERSION or not complete or manifest["step"] != step:
-            raise CheckpointError(f"{path} is of format {version!r}; this version reads format {FORMAT_VERSION}")
-        return manifest
 
     def _is_valid(self, step: int) -> bool:
         try:
@@ -200,9 +275,13 @@ class Store:
             return False
         return True
 
-    def _move_aside(self, final: Path) -> Path:
+    def _remove(self, step: int) -> None:
+        shutil.rmtree(self._move_aside(self.folder(step), "old"))
+        self._committed_here.discard(step)
+
+    def _move_aside(self, final: Path, why: str) -> Path:
         """Rename a committed folder before its files go, so that a kill in between leaves no half checkpoint."""
-        doomed = final.with_name(final.name + ".old.tmp")
+        doomed = final.with_name(f"{final.name}.{why}.tmp")
         if doomed.exists():
             shutil.rmtree(doomed)
         final.rename(doomed)
@@ -210,19 +289,66 @@ class Store:
         return doomed
 
 
-def _entry_on_disk(path: Path) -> dict[str, Any]:
+def step_of(name: str) -> int | None:
+    """The step that a folder of this name holds, if it is a checkpoint's."""
+    match = _STEP_FOLDER.fullmatch(name)
+    return int(match[1]) if match else None
+
+
+def sealed(manifest: dict[str, Any]) -> str:
+    """The text of ``manifest.json``: with a digest of itself, since no other file vouches for it."""
+    manifest = json.loads(json.dumps(manifest, allow_nan=False))  # as it will be read
+    return json.dumps({**manifest, _SEAL: _digest(manifest)}, indent=1)
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def parse_manifest(text: str, step: int, where: str) -> dict[str, Any]:
+    """The manifest of the folder `where`; raises CheckpointError where it is none that this version understands."""
+    try:
+        manifest: dict[str, Any] = json.loads(text)
+        version, complete = manifest["format"], {"step", "permanent", "meta", "digests", "files"} <= manifest.keys()
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise CheckpointError(f"{where} is not a checkpoint: {MANIFEST} cannot be read") from None
+    if version != FORMAT_VERSION or not complete or manifest["step"] != step:
+        raise CheckpointError(
+            f"{where}/{MANIFEST} is of format {version!r}; this version reads format {FORMAT_VERSION}"
+        )
+    if manifest.pop(_SEAL, None) != _digest(manifest):
+        raise CheckpointError(f"checkpoint {where} is damaged: the content of {MANIFEST} has changed")
+    return manifest
+
+
+def entries(folder: Path) -> dict[str, Entry]:
+    """The manifest's entry of every file below a folder, once all have reached the disk."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    with ThreadPoolExecutor(_HASH_THREADS) as pool:
+        found = list(pool.map(entry, paths))
+    return {path.relative_to(folder).as_posix(): value for path, value in zip(paths, found, strict=True)}
+
+
+def entry(path: Path) -> Entry:
     """The manifest's entry of a file, after the file has reached the disk."""
     _sync(path)
-    return {"size": path.stat().st_size, "sha256": _sha256(path)}
+    return {"size": path.stat().st_size, "sha256": sha256(path)}
 
 
-def _sha256(path: Path) -> str:
-    digest, buffer = hashlib.sha256(), bytearray(_HASH_BLOCK_BYTES)
-    view = memoryview(buffer)
+def _check_sizes(folder: Path, files: dict[str, Entry], missing: str, prefix: str = "") -> None:
+    for name, expected in files.items():
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{prefix}{name} {missing}")
+        size_bytes = (folder / name).stat().st_size
+        if size_bytes != expected["size"]:
+            raise CheckpointError(f"{prefix}{name} has {size_bytes} bytes instead of {expected['size']}")
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file's content, in hexadecimal."""
+    # Its buffer is small: of a large one every thread that has ever hashed would keep the memory.
     with path.open("rb", buffering=0) as stream:
-        while count := stream.readinto(buffer):
-            digest.update(view[:count])
-    return digest.hexdigest()
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _write_synced(path: Path, text: str) -> None:

@@ -1,13 +1,15 @@
 """Typed configuration. Imports neither torch nor anything else that is heavy."""
 
+from titans_dist.config.cluster import ClusterConfig, SubmitConfig
 from titans_dist.config.errors import CheckpointError, ConfigError, HealthError, Interrupted, UserError
+from titans_dist.config.evaluation import EvaluationConfig
 from titans_dist.config.model import MemoryConfig, ModelConfig
 from titans_dist.config.run import (
-    ClusterConfig,
+    CheckpointConfig,
     Config,
     ConformanceConfig,
     DataConfig,
-    EvaluationConfig,
+    HealthConfig,
     OptimizerConfig,
     ParallelConfig,
     TrackingConfig,
@@ -16,6 +18,7 @@ from titans_dist.config.run import (
 from titans_dist.config.validate import validate
 
 __all__ = [
+    "CheckpointConfig",
     "CheckpointError",
     "ClusterConfig",
     "Config",
@@ -23,12 +26,14 @@ __all__ = [
     "ConformanceConfig",
     "DataConfig",
     "EvaluationConfig",
+    "HealthConfig",
     "HealthError",
     "Interrupted",
     "MemoryConfig",
     "ModelConfig",
     "OptimizerConfig",
     "ParallelConfig",
+    "SubmitConfig",
     "TrackingConfig",
     "TrainingConfig",
     "UserError",

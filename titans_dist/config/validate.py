@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from titans_dist.config.architecture import validate_model
-from titans_dist.config.checks import at_least, between, nearest_multiple, one_of, positive
+from titans_dist.config.checks import at_least, between, nearest_divisor, nearest_multiple, one_of, positive
 from titans_dist.config.errors import ConfigError
+from titans_dist.config.evaluation import EvaluationConfig
 from titans_dist.config.layout import validate_batch, validate_layout
-from titans_dist.config.run import Config, DataConfig
+from titans_dist.config.machines import validate_cluster
+from titans_dist.config.mixture import validate_mixture
+from titans_dist.config.run import Config, DataConfig, HealthConfig
 
 __all__ = ["validate", "validate_model"]
 
-FORMATS = ("stdlib", "text", "jsonl", "parquet", "huggingface", "tokens", "synthetic")
+FORMATS = ("stdlib", "text", "jsonl", "parquet", "huggingface", "mds", "mixture", "tokens", "synthetic")
 
 
 def validate(config: Config) -> None:
@@ -20,7 +23,13 @@ def validate(config: Config) -> None:
     validate_layout(config)
     _optimizer(config)
     _training(config)
+    validate_mixture(config)
     _conformance(config)
+    _inspect(config)
+    _checkpoint(config)
+    _health(config.health)
+    _evaluation(config.evaluation)
+    validate_cluster(config)
     _carried_state(config)
 
 
@@ -32,6 +41,9 @@ def _data(data: DataConfig) -> None:
     at_least("data.vocab_size", data.vocab_size, 2)
     at_least("data.synthetic_tokens", data.synthetic_tokens, 1)
     at_least("data.workers", data.workers, 0)
+    at_least("data.shuffle_shards", data.shuffle_shards, 1)
+    at_least("data.fetch_ahead", data.fetch_ahead, 0)
+    positive("data.cache_gb", data.cache_gb)
     if data.end_of_document is not None:
         at_least("data.end_of_document", data.end_of_document, 0)
     if not 0 < data.validation_fraction < 0.5:
@@ -39,6 +51,15 @@ def _data(data: DataConfig) -> None:
             f"data.validation_fraction={data.validation_fraction} leaves no training or no held-out text; "
             "use a share above 0 and below 0.5, such as 0.01"
         )
+    at_least("data.prepare_workers", data.prepare_workers, 0)
+    for key in ("min_characters", "max_characters"):
+        if getattr(data, key) is not None:
+            at_least(f"data.{key}", getattr(data, key), 1)
+    for key in ("max_compression_ratio", "min_compression_ratio"):
+        if getattr(data, key) is not None:
+            positive(f"data.{key}", getattr(data, key))
+    if data.max_repeated_lines is not None:
+        between("data.max_repeated_lines", data.max_repeated_lines, 0, 1)
     if data.source is None and data.format in ("text", "jsonl", "parquet", "huggingface"):
         raise ConfigError(f"data={data.format} needs to know the corpus; add data.source=PATH")
 
@@ -62,20 +83,79 @@ def _conformance(config: Config) -> None:
         at_least(f"conformance.{key}", getattr(config.conformance, key), low)
 
 
+def _inspect(config: Config) -> None:
+    inspect, batch = config.inspect, config.training.global_batch_size
+    for key, low in (("step", 1), ("to_step", inspect.step or 1), ("ranks", 1), ("sequences", 1), ("max_tokens", 1)):
+        if getattr(inspect, key) is not None:
+            at_least(f"inspect.{key}", getattr(inspect, key), low)
+    ranks, key = inspect.ranks, "inspect.ranks"
+    if ranks is None:
+        ranks, key = config.parallel.data or 1, "parallel.data"
+    if batch % ranks:
+        raise ConfigError(
+            f"{key}={ranks} does not divide training.global_batch_size={batch}; use {nearest_divisor(batch, ranks)}"
+        )
+    if not 0 <= inspect.rank < ranks:
+        many = f"0 to {ranks - 1}" if ranks > 1 else "0"
+        raise ConfigError(f"inspect.rank={inspect.rank} is not one of {ranks} ranks; use {many}, or more inspect.ranks")
+
+
 def _training(config: Config) -> None:
     training = config.training
     one_of("training.precision", training.precision, ("float32", "bfloat16"))
     one_of("training.device", training.device, ("auto", "cuda", "cpu"))
-    for key in ("steps", "global_batch_size", "micro_batch_size", "log_interval", "checkpoint_interval"):
+    for key in ("steps", "global_batch_size", "micro_batch_size", "log_interval"):
         at_least(f"training.{key}", getattr(training, key), 1)
-    at_least("training.keep_checkpoints", training.keep_checkpoints, 2)
+    if training.max_minutes is not None:
+        positive("training.max_minutes", training.max_minutes)
     at_least("tracking.memory_interval", config.tracking.memory_interval, 0)
-    at_least("evaluation.micro_batch_size", config.evaluation.micro_batch_size, 1)
-    if config.evaluation.max_sequences is not None:
-        at_least("evaluation.max_sequences", config.evaluation.max_sequences, 1)
-    at_least("cluster.timeout_s", config.cluster.timeout_s, 1)
-    at_least("cluster.threads", config.cluster.threads, 1)
     validate_batch(config, config.parallel.data or 1)
+
+
+def _checkpoint(config: Config) -> None:
+    checkpoint = config.checkpoint
+    at_least("checkpoint.interval", checkpoint.interval, 1)
+    at_least("checkpoint.keep", checkpoint.keep, 2)
+    if checkpoint.permanent_interval is not None:
+        at_least("checkpoint.permanent_interval", checkpoint.permanent_interval, 1)
+    at_least("checkpoint.retries", checkpoint.retries, 0)
+    at_least("checkpoint.margin", checkpoint.margin, 1)
+    one_of("export.format", config.export.format, ("hf", "deepspeed"))
+    positive("export.shard_gb", config.export.shard_gb)
+    at_least("drill.faults", config.drill.faults, 1)
+    at_least("drill.seed", config.drill.seed, 0)
+    if config.drill.hours is not None:
+        positive("drill.hours", config.drill.hours)
+
+
+def _health(health: HealthConfig) -> None:
+    for key in ("spike", "memory_spike", "skips", "rollbacks"):
+        at_least(f"health.{key}", getattr(health, key), 0)
+    at_least("health.window", health.window, 8)
+    for key in ("lower_steps", "rollback_to"):
+        at_least(f"health.{key}", getattr(health, key), 1)
+    positive("health.lower_lr", health.lower_lr)
+    between("health.lower_lr", health.lower_lr, 0, 1)
+    if not (health.straggler == 0 or health.straggler > 1):
+        raise ConfigError(f"health.straggler={health.straggler} would report every rank; use more than 1, or 0 for off")
+
+
+def _evaluation(evaluation: EvaluationConfig) -> None:
+    lows = {"samples": 1, "seed": 0, "workers": 1, "tensor": 1, "gpus": 0, "shard": 1, "retries": 0}
+    for key, low in {**lows, "micro_batch_size": 1, "max_sequences": 1, "step": 0}.items():
+        if getattr(evaluation, key) is not None:
+            at_least(f"evaluation.{key}", getattr(evaluation, key), low)
+    positive("evaluation.cpus", evaluation.cpus)
+    for length in evaluation.lengths:
+        at_least("evaluation.lengths", length, 2)
+    follow = evaluation.follow
+    for key in ("budget", "poll_s", "patience_s"):
+        positive(f"evaluation.follow.{key}", getattr(follow, key))
+    between("evaluation.follow.budget", follow.budget, 0, 1)
+    for task, every in follow.every.items():
+        at_least(f"evaluation.follow.every.{task}", every, 1)
+    if evaluation.tasks and not evaluation.lengths:
+        raise ConfigError("evaluation.tasks needs lengths of the context; add evaluation.lengths=[2048,4096]")
 
 
 def _carried_state(config: Config) -> None:

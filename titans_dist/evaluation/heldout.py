@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ import torch.distributed as dist
 from titans_data import evaluation_batches, stream_evaluation_batches
 from titans_dist.checkpoint.sharded import load, newest_valid
 from titans_dist.checkpoint.store import Store
-from titans_dist.config import CheckpointError, Config
+from titans_dist.config import CheckpointError, Config, Interrupted
+from titans_dist.parallel.peers import mark
 from titans_dist.parallel.processes import processes
+from titans_dist.parallel.requests import Requests
 from titans_dist.parallel.scorer import Scorer
 from titans_dist.run.data import open_rows
 from titans_dist.run.identity import check_model
@@ -26,9 +29,18 @@ def evaluate(config: Config) -> dict[str, Any]:
     Losses are in nats per token. Bits per byte count the bytes of the text itself: end-of-document tokens are
     predicted, and paid for, but have no bytes. The model sees what it saw in training: sequences for themselves, or
     with training.carry_state every sequence after all of its document that came before it. Raises CheckpointError
-    where the run has no checkpoint.
+    where the run has no checkpoint, Interrupted after a signal, a STOP file or a deadline.
     """
     started = time.perf_counter()
+    requests = Requests(Path(config.run_dir), config.training.max_minutes, os.environ["RANK"] == "0")
+
+    def poll() -> None:
+        mark("evaluation")
+        asked, _ = requests.asked(0)
+        if asked.stop:
+            requests.obeyed(asked)
+            raise Interrupted(f"stopped by {asked.stop} before the evaluation was over; start it again")
+
     with processes(config) as device:
         store = Store(Path(config.run_dir) / "checkpoints")
         step = newest_valid(store, print)
@@ -40,10 +52,9 @@ def evaluate(config: Config) -> dict[str, Any]:
         scorer.load(load(store, step, scorer.sharded_state(), partial=True))
         settings = config.evaluation
         read = stream_evaluation_batches if config.training.carry_state else evaluation_batches
-        loss, tokens = scorer.total_loss(
-            read(rows, scorer.data_rank, scorer.data_size, settings.micro_batch_size, settings.max_sequences)
-        )
-        per_token, bytes_per_token = loss / tokens, rows.source.bytes_per_token
+        batches = read(rows, scorer.data_rank, scorer.data_size, settings.micro_batch_size, settings.max_sequences)
+        loss, tokens = scorer.total_loss(batches, poll)
+        per_token, bytes_per_token = loss / tokens, rows.bytes_per_token
         report = {
             "loss": per_token,
             "perplexity": math.exp(min(per_token, 700)),

@@ -65,8 +65,9 @@ class Gates(nn.Module):
         self.channel_wise = wide
         # RetNet forgets at a rate per head that nobody learns: a buffer, made where no parameter is ("meta") too.
         is_constant = memory.preset == "retnet" and spec.retention != "none"
-        rates = 2.0 ** -(5 + torch.arange(config.num_heads, device="cpu", dtype=torch.float32))
-        self.register_buffer("constant_alpha", rates if is_constant else None, persistent=False)
+        self.register_buffer(
+            "constant_alpha", retnet_alpha(config.num_heads) if is_constant else None, persistent=False
+        )
         # A longer chunk forgets as much as one of memory.chunk_size does.
         forgotten = ALPHA * min(1.0, memory.chunk_size / chunk_size)
         has_alpha = spec.retention != "none" and not is_constant
@@ -93,6 +94,11 @@ class Gates(nn.Module):
         eta = None if self.eta is None else self.eta(x).sigmoid()
         delta = None if self.delta is None else F.softplus(self.delta(x))
         return GateValues(alpha, eta, theta, delta)
+
+
+def retnet_alpha(heads: int) -> Tensor:
+    """The share that each of RetNet's heads forgets per token, (heads,)."""
+    return 2.0 ** -(5 + torch.arange(heads, device="cpu", dtype=torch.float32))
 
 
 def largest_theta(memory: MemoryConfig, spec: MemorySpec, chunk_size: int) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,12 +43,16 @@ class Parameter(nn.Parameter):
     decay: bool
     twin: str | None
 
+    def __new__(cls, data: Tensor | None = None, requires_grad: bool = True, **rule: Any) -> Parameter:
+        """`rule`: what the parameter carries, all of it or nothing; some libraries make a copy of its class from it."""
+        made: Parameter = super().__new__(cls, None if data is None else data.detach(), requires_grad)
+        vars(made).update(rule)
+        return made
+
 
 def parameter(*shape: int, init: Init, decay: bool = False, twin: str | None = None) -> Parameter:
     """An unset float32 Parameter of `shape`; see `initial_value` for how it is filled."""
-    made = Parameter(torch.empty(*shape))
-    made.init, made.decay, made.twin = init, decay, twin
-    return made
+    return Parameter(torch.empty(*shape), init=init, decay=decay, twin=twin)
 
 
 def linear(d_in: int, d_out: int, std: float, bias: float | None = None, twin: str | None = None) -> nn.Linear:

@@ -44,25 +44,33 @@ class CarriedState:
     def __setitem__(self, number: int, state: ModelState) -> None:
         self._states[number] = _copied(state)
 
-    def sharded_state(self) -> dict[str, Any]:
-        """This rank's part of a sharded checkpoint. Positions are the same in all lanes, and in all layers."""
-        positions = {_in_any_layer(name): int(value) for name, value in flatten(self[0]).items() if value.dim() == 0}
-        parts = {
+    def kept(self) -> list[ModelState]:
+        """The states as they are now, for `restore`."""
+        return list(self._states)
+
+    def restore(self, kept: list[ModelState]) -> None:
+        """Begin again where `kept` was taken: the step in between is not made, or only looked at."""
+        self._states = list(kept)
+
+    def positions(self) -> dict[str, int]:
+        """Numbers of the state that are no tensors of the lanes: the same in all lanes, and in all layers."""
+        return {_in_any_layer(name): int(value) for name, value in flatten(self[0]).items() if value.dim() == 0}
+
+    def sharded_state(self) -> dict[str, dict[str, ShardedTensor]]:
+        """This rank's part of the tensors of a sharded checkpoint, by micro-batch."""
+        return {
             str(number): {
                 name: self._sharded(name, value, number) for name, value in flatten(state).items() if value.dim() > 0
             }
             for number, state in enumerate(self._states)
         }
-        return {"positions": positions, "micro_batches": parts}
 
-    def load(self, loaded: dict[str, Any]) -> None:
-        """Take over a loaded `sharded_state`."""
+    def load(self, loaded: dict[str, dict[str, Tensor]], positions: dict[str, int]) -> None:
+        """Take over a loaded `sharded_state` with its `positions`."""
         for number, state in enumerate(self._states):
-            numbers = {
-                name: loaded["positions"][_in_any_layer(name)] for name, x in flatten(state).items() if x.dim() == 0
-            }
-            positions = {name: torch.tensor(value) for name, value in numbers.items()}
-            self[number] = unflatten({**loaded["micro_batches"][str(number)], **positions}, state)
+            names = [name for name, value in flatten(state).items() if value.dim() == 0]
+            numbers = {name: torch.tensor(positions[_in_any_layer(name)]) for name in names}
+            self[number] = unflatten({**loaded[str(number)], **numbers}, state)
 
     def _sharded(self, name: str, value: Tensor, number: int) -> ShardedTensor:
         tensor_rank = parallel_state.get_tensor_model_parallel_rank()
@@ -72,6 +80,18 @@ class CarriedState:
             offsets.append((axis, tensor_rank, parallel_state.get_tensor_model_parallel_world_size()))
         replica = tensor_rank if axis is None else 0
         return ShardedTensor.from_rank_offsets(f"carried.{name}", value, *offsets, replica_id=replica)
+
+
+def carried_sharded_state(parts: list[CarriedState]) -> dict[str, Any]:
+    """What the parts of the model that this rank has carry, for a sharded checkpoint that fits any layout."""
+    sharded = {str(number): part.sharded_state() for number, part in enumerate(parts)}
+    return {"positions": parts[0].positions(), "parts": sharded}
+
+
+def load_carried(parts: list[CarriedState], loaded: dict[str, Any]) -> None:
+    """Take over a loaded `carried_sharded_state`."""
+    for number, part in enumerate(parts):
+        part.load(loaded["parts"][str(number)], loaded["positions"])
 
 
 def _in_any_layer(name: str) -> str:

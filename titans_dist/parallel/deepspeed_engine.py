@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import math
 import os
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext, redirect_stdout
 from typing import Any
 
@@ -22,10 +23,12 @@ from torch import Tensor, nn
 from titans_dist.config import Config, ConfigError
 from titans_dist.layers.inner_memory import InnerMemory
 from titans_dist.layers.telemetry import Records, collect
-from titans_dist.parallel.carried import CarriedState
+from titans_dist.model import ModelState
+from titans_dist.parallel.carried import CarriedState, carried_sharded_state, load_carried
 from titans_dist.parallel.culprit import find_culprit
-from titans_dist.parallel.learning_rate import learning_rate_schedule
-from titans_dist.parallel.results import StepResult, first_memories
+from titans_dist.parallel.learning_rate import learning_rate_schedule, step_learning_rate
+from titans_dist.parallel.results import Judge, Poll, StepResult, first_memories, is_finite
+from titans_dist.parallel.rng import load_rng, rng_sharded_state
 from titans_dist.parallel.schedule import is_first_pipeline, mean_loss
 from titans_dist.parallel.stage import MicroBatch, build_stages, in_precision, sharded_parameter, stage_inputs
 
@@ -38,6 +41,9 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 class DeepSpeedEngine:
     """The parallel model with its optimizer. Every method is collective: all ranks call it."""
+
+    copies: tuple[str, ...] = ("optimizer.state.",)
+    """Of what `sharded_state` gives, the beginnings of the keys of tensors that are copies; the others are live."""
 
     def __init__(self, config: Config, device: torch.device) -> None:
         deepspeed = import_deepspeed(device)
@@ -63,6 +69,8 @@ class DeepSpeedEngine:
         self.scheduler = learning_rate_schedule(config, self._adam)
         self.observes = False
         """Whether the next step looks into the memories, as far as they are those of rank 0's pipeline."""
+        self.lr_scale = 1.0
+        """What the schedule's learning rate is multiplied by."""
         self._records: Records | None = None
 
     @property
@@ -75,28 +83,41 @@ class DeepSpeedEngine:
         """Into how many shares the batch is split."""
         return parallel_state.get_data_parallel_world_size()
 
-    def step(self, batches: list[MicroBatch]) -> StepResult:
-        """One optimizer step on this rank's micro-batches, each `tokens` (b, T + 1) and, if packed, `starts` (b, T)."""
+    def step(self, batches: list[MicroBatch], judge: Judge = is_finite, poll: Poll | None = None) -> StepResult:
+        """One optimizer step on this rank's micro-batches, each `tokens` (b, T + 1) and, if packed, `starts` (b, T).
+
+        `judge` decides whether the update is made; from ZeRO-1 on DeepSpeed makes every update that is finite, and
+        `judge` is only told. `poll` is not called: DeepSpeed has no way back from a step that is half done.
+        """
+        carried = [state.kept() for state in self.carried or []]
         losses = self._backward(batches)
-        self.scheduler.step(increment=1)
-        grad_norm = self._update()
+        step_learning_rate(self.scheduler, self.lr_scale)
+        loss = mean_loss(losses, self.device)
+        grad_norm, is_applied = self._update(lambda norm: judge(loss, norm))
+        if not is_applied:
+            self._restore(carried)
         lr = next(group["lr"] for group in self._adam.param_groups)
         records, self._records = self._records, None
         memories = first_memories(self.stages, [records]) if self.observes else None
-        return StepResult(mean_loss(losses, self.device), grad_norm, float(lr), memories)
+        return StepResult(loss, grad_norm, float(lr), is_applied, memories)
 
     def culprit(self, batches: list[MicroBatch]) -> str:
-        """What was the first thing not finite in the last step, which was on `batches` and so changed nothing.
-
-        A carried state is the one after that step by now.
-        """
+        """What was the first thing not finite in the last step, which was on `batches` and so changed nothing."""
+        carried = [state.kept() for state in self.carried or []]
         largest = self._largest_gradients(batches)
+        self._restore(carried)
 
         def forward() -> None:
             for number, batch in enumerate(batches):
                 self._forward(number, batch)
 
-        return find_culprit([self._model], forward, lambda value: largest[value])
+        found = find_culprit([self._model], forward, lambda value: largest[value])
+        self._restore(carried)
+        return found
+
+    def _restore(self, carried: list[list[ModelState]]) -> None:
+        for state, kept in zip(self.carried or [], carried, strict=True):
+            state.restore(kept)
 
     def _backward(self, batches: list[MicroBatch]) -> list[Tensor]:
         """Every micro-batch's mean loss; the sum of their gradients is on its way to the optimizer."""
@@ -130,19 +151,23 @@ class DeepSpeedEngine:
                     stack.close()
         return losses
 
-    def _update(self) -> float:
-        """The optimizer's step, unless the gradient norm, which it returns, is not finite."""
+    def _update(self, judge: Callable[[float], bool]) -> tuple[float, bool]:
+        """The optimizer's step, as far as `judge` has a say; the gradient norm, and whether the step was made."""
         if self._zero > 0:
             self.engine.step()
-            return float(self.engine.get_global_grad_norm()) if self.engine.was_step_applied() else math.inf
+            is_applied = bool(self.engine.was_step_applied())
+            norm = float(self.engine.get_global_grad_norm()) if is_applied else math.inf
+            judge(norm)
+            return norm, is_applied
         gradients = [value.grad for value in self._model.parameters() if value.grad is not None]
         norm = self._norm()
-        if math.isfinite(norm):
+        is_applied = judge(norm)
+        if is_applied:
             if self._clip > 0 and norm > self._clip:
                 torch._foreach_mul_(gradients, self._clip / (norm + 1e-6))
             self.engine.step()
         self.engine.zero_grad()
-        return norm
+        return norm, is_applied
 
     def _norm(self) -> float:
         """The norm of a gradient that is whole on every data-parallel rank: without ZeRO, DeepSpeed gives none."""
@@ -172,7 +197,7 @@ class DeepSpeedEngine:
         finally:
             for handle in handles:
                 handle.remove()
-        self._update()
+        self._update(math.isfinite)
         return largest
 
     def sharded_state(self, is_loading: bool = False) -> dict[str, Any]:
@@ -193,9 +218,9 @@ class DeepSpeedEngine:
             "param_state": moments,
             "param_state_sharding_type": "fully_reshardable",
         }
-        state: dict[str, Any] = {"model": model, "optimizer": optimizer}
+        state: dict[str, Any] = {"model": model, "optimizer": optimizer, "rng": rng_sharded_state()}
         if self.carried is not None:
-            state["carried"] = [carried.sharded_state() for carried in self.carried]
+            state["carried"] = carried_sharded_state(self.carried)
         return state
 
     def _part(self, value: nn.Parameter, what: str | None, key: str, is_loading: bool) -> Any:
@@ -212,8 +237,9 @@ class DeepSpeedEngine:
 
     def load(self, loaded: dict[str, Any], step: int) -> None:
         """Continue after `step` from a loaded `sharded_state`."""
-        for carried, values in zip(self.carried or [], loaded.get("carried", []), strict=True):
-            carried.load(values)
+        load_rng(loaded["rng"])
+        if self.carried is not None:
+            load_carried(self.carried, loaded["carried"])
         for name, value in self._model.named_parameters():
             self._values.set(value, None, loaded["model"][name])
             for what, whole in loaded["optimizer"]["param_state"][name].items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
@@ -17,12 +16,14 @@ from torch import Tensor, nn
 
 from titans_dist.config import Config
 from titans_dist.layers.telemetry import Records, collect
-from titans_dist.parallel.carried import CarriedState
+from titans_dist.model import ModelState
+from titans_dist.parallel.carried import CarriedState, carried_sharded_state, load_carried
 from titans_dist.parallel.cpu import cpu_device_mode
 from titans_dist.parallel.culprit import find_culprit
-from titans_dist.parallel.learning_rate import learning_rate_schedule
+from titans_dist.parallel.learning_rate import learning_rate_schedule, step_learning_rate
 from titans_dist.parallel.optimizer_state import load_optimizer_state, optimizer_sharded_state
-from titans_dist.parallel.results import StepResult, first_memories
+from titans_dist.parallel.results import Judge, Poll, StepAbandoned, StepResult, first_memories, is_finite
+from titans_dist.parallel.rng import load_rng, rng_sharded_state
 from titans_dist.parallel.schedule import is_first_pipeline, loss_and_tokens, mean_loss, run_schedule
 from titans_dist.parallel.stage import (
     MicroBatch,
@@ -36,6 +37,9 @@ from titans_dist.parallel.stage import (
 
 class Engine:
     """The parallel model with its optimizer. Every method is collective: all ranks call it."""
+
+    copies: tuple[str, ...] = ()
+    """Of what `sharded_state` gives, the beginnings of the keys of tensors that are copies; the others are live."""
 
     def __init__(self, config: Config, device: torch.device) -> None:
         self.device = device
@@ -62,7 +66,10 @@ class Engine:
         self.scheduler = learning_rate_schedule(config, self.optimizer)
         self.observes = False
         """Whether the next step looks into the memories, as far as they are those of rank 0's pipeline."""
+        self.lr_scale = 1.0
+        """What the schedule's learning rate is multiplied by."""
         self._records: list[Records | None] = [None] * len(self.modules)
+        self._poll: Poll | None = None
         self.carried = [CarriedState(config, s.model) for s in self.stages] if config.training.carry_state else None
 
     @property
@@ -75,24 +82,44 @@ class Engine:
         """Into how many shares the batch is split."""
         return parallel_state.get_data_parallel_world_size()
 
-    def step(self, batches: list[MicroBatch]) -> StepResult:
-        """One optimizer step on this rank's micro-batches, each `tokens` (b, T + 1) and, if packed, `starts` (b, T)."""
+    def step(self, batches: list[MicroBatch], judge: Judge = is_finite, poll: Poll | None = None) -> StepResult:
+        """One optimizer step on this rank's micro-batches, each `tokens` (b, T + 1) and, if packed, `starts` (b, T).
+
+        `judge` decides whether the update is made. Without a pipeline, `poll` is called before each micro-batch;
+        StepAbandoned goes through, with nothing changed.
+        """
         for module in self.modules:
             module.zero_grad_buffer()
         self.optimizer.zero_grad()
-        losses = self._run(batches)
-        self.scheduler.step(increment=1)
-        grad_norm = self._update()
-        loss = mean_loss(losses, self.device)
+        carried = [state.kept() for state in self.carried or []]
+        try:
+            self._poll = poll
+            losses = self._run(batches)
+        except StepAbandoned:
+            self._restore(carried)
+            raise
+        finally:
+            self._poll = None
+        step_learning_rate(self.scheduler, self.lr_scale)
+        loss, grad_norm = mean_loss(losses, self.device), self._grad_norm()
+        is_applied = judge(loss, grad_norm)
+        if is_applied:
+            self._update(grad_norm)
+        else:
+            self._restore(carried)
         lr = next(group["lr"] for group in self.optimizer.param_groups)
-        return StepResult(loss, grad_norm, float(lr), self._memories() if self.observes else None)
+        return StepResult(loss, grad_norm, float(lr), is_applied, self._memories() if self.observes else None)
 
     def culprit(self, batches: list[MicroBatch]) -> str:
-        """What was the first thing not finite in the last step, which was on `batches` and so changed nothing.
+        """What was the first thing not finite in the last step, which was on `batches` and so changed nothing."""
+        carried = [state.kept() for state in self.carried or []]
+        found = find_culprit([stage.model for stage in self.stages], lambda: self._run(batches, forward_only=True))
+        self._restore(carried)
+        return found
 
-        A carried state is the one after that step by now.
-        """
-        return find_culprit([stage.model for stage in self.stages], lambda: self._run(batches, forward_only=True))
+    def _restore(self, carried: list[list[ModelState]]) -> None:
+        for state, kept in zip(self.carried or [], carried, strict=True):
+            state.restore(kept)
 
     def _run(self, batches: list[MicroBatch], forward_only: bool = False) -> list[Tensor]:
         """The schedule: each micro-batch's mean loss where the last part of the model is, else nothing."""
@@ -102,23 +129,24 @@ class Engine:
         records, self._records = self._records, [None] * len(self.modules)
         return first_memories(self.stages, records)
 
-    def _update(self) -> float:
-        """The optimizer's step by its parts: what is not finite reaches no parameter. Returns the gradient norm."""
+    def _grad_norm(self) -> float:
         with cpu_device_mode():
             self.optimizer.prepare_grads()
-            norm = float(self.optimizer.get_grad_norm())
-            if not math.isfinite(norm):
-                return norm
+            return float(self.optimizer.get_grad_norm())
+
+    def _update(self, grad_norm: float) -> None:
+        with cpu_device_mode():
             for part in self.optimizer.chained_optimizers:
                 if part.config.clip_grad > 0:
-                    clip_grad_by_total_norm_fp32(part.get_parameters(), part.config.clip_grad, norm)
+                    clip_grad_by_total_norm_fp32(part.get_parameters(), part.config.clip_grad, grad_norm)
             self.optimizer.step_with_ready_grads()
-        return norm
 
     def _forward(
         self, batches: Iterator[tuple[int, MicroBatch]], module: nn.Module
     ) -> tuple[Tensor, Callable[[Tensor], Any]]:
         number, batch = next(batches)
+        if self._poll is not None and parallel_state.get_pipeline_model_parallel_world_size() == 1:
+            self._poll(number)
         part = self.modules.index(module)
         inputs = stage_inputs(batch, self.device)
         with collect() if self.observes and number == 0 and is_first_pipeline() else nullcontext() as records:
@@ -133,16 +161,17 @@ class Engine:
         """Model, optimizer and carried state as this rank's part of a sharded checkpoint."""
         model = sharded_model(self.stages)
         optimizer = optimizer_sharded_state(self.optimizer, model, is_loading)
-        state: dict[str, Any] = {"model": model, "optimizer": optimizer}
+        state: dict[str, Any] = {"model": model, "optimizer": optimizer, "rng": rng_sharded_state()}
         if self.carried is not None:
-            state["carried"] = [carried.sharded_state() for carried in self.carried]
+            state["carried"] = carried_sharded_state(self.carried)
         return state
 
     def load(self, loaded: dict[str, Any], step: int) -> None:
         """Continue after `step` from a loaded `sharded_state`."""
         load_model(self.stages, loaded["model"])
-        for carried, values in zip(self.carried or [], loaded.get("carried", []), strict=True):
-            carried.load(values)
+        load_rng(loaded["rng"])
+        if self.carried is not None:
+            load_carried(self.carried, loaded["carried"])
         # The checkpoint's groups bring their settings along; those of this start's configuration count.
         kept = ("max_lr", "min_lr", "betas", "eps")
         settings = [{key: group[key] for key in kept} for group in self.optimizer.param_groups]

@@ -29,3 +29,10 @@ def learning_rate_schedule(config: Config, optimizer: Any) -> OptimizerParamSche
         wd_incr_steps=config.training.steps,
         wd_incr_style="constant",
     )
+
+
+def step_learning_rate(scheduler: OptimizerParamScheduler, scale: float) -> None:
+    """Set the groups to their values for the next step, the learning rate multiplied by `scale`."""
+    scheduler.step(increment=1)
+    for group in scheduler.optimizer.param_groups:
+        group["lr"] *= scale

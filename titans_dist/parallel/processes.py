@@ -6,6 +6,7 @@ import datetime
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,9 @@ from titans_dist.config import Config, ConfigError, ParallelConfig
 from titans_dist.config.layout import check_world
 from titans_dist.parallel import cpu
 from titans_dist.parallel.peers import check_versions, watched_peers
+
+_control: dist.ProcessGroup | None = None
+"""All ranks, over the CPU; None where that is the default group."""
 
 
 @contextmanager
@@ -32,16 +36,19 @@ def processes(config: Config) -> Iterator[torch.device]:
     else:
         torch.cuda.set_device(device)
     cpu.install()
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(seconds=config.cluster.timeout_s)
-    )
+    global _control
+    timeout = datetime.timedelta(seconds=config.cluster.timeout_s)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+    if device.type == "cuda":
+        _control = dist.new_group(backend="gloo", timeout=timeout)
     try:
-        with watched_peers():
+        with watched_peers(Path(config.run_dir), config.cluster.timeout_s):
             check_versions()
             make_groups(config.parallel, config.cluster.timeout_s)
             yield device
     finally:
         drop_groups()
+        _control = None
         dist.destroy_process_group()
 
 
@@ -79,8 +86,11 @@ def choose_device(wanted: str, local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def any_rank(flag: bool, device: torch.device) -> bool:
-    """Whether `flag` is set on any rank: the agreement before anything that all ranks must do together."""
-    value = torch.tensor(int(flag), device=device)
-    dist.all_reduce(value, op=dist.ReduceOp.MAX)
-    return bool(value.item())
+def maximum(values: list[int]) -> list[int]:
+    """The largest of each of the values over all ranks: the agreement before what they must do together. Collective.
+
+    It goes by the CPU, so that it does not wait for what a GPU is doing.
+    """
+    tensor = torch.tensor(values)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=_control)
+    return [int(value) for value in tensor]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +14,20 @@ from titans_dist.layers.telemetry import Records
 from titans_dist.parallel.schedule import is_first_pipeline
 from titans_dist.parallel.stage import Stage
 
+Judge = Callable[[float, float], bool]
+"""(mean loss, gradient norm) -> whether the update is to be made; the same on every rank."""
+Poll = Callable[[int], None]
+"""Called before each micro-batch with its number; collective. It may raise StepAbandoned, on all ranks at once."""
+
+
+class StepAbandoned(Exception):
+    """A step was left between two micro-batches: nothing of it was taken over."""
+
+
+def is_finite(loss: float, grad_norm: float) -> bool:
+    """The least that an update must be."""
+    return math.isfinite(loss) and math.isfinite(grad_norm)
+
 
 @dataclass
 class StepResult:
@@ -20,6 +36,8 @@ class StepResult:
     loss: float
     grad_norm: float
     lr: float
+    is_applied: bool
+    """Whether the update was made. If not, parameters, moments and carried state are those from before the step."""
     memories: dict[str, dict[str, Any]] | None = None
     """How this rank's part of each memory was doing in the first micro-batch, where that was asked for."""
 

@@ -45,11 +45,12 @@ class Scorer:
         load_model(self.stages, loaded["model"])
 
     @torch.no_grad()
-    def total_loss(self, batches: Iterable[MicroBatch]) -> tuple[float, int]:
+    def total_loss(self, batches: Iterable[MicroBatch], poll: Callable[[], None] | None = None) -> tuple[float, int]:
         """Sum of the loss in nats, and number of tokens, over the rows of all ranks' micro-batches that are `valid`.
 
         All ranks must give the same number of micro-batches: `tokens` (b, T + 1), `starts` (b, T) if packed, and
-        `valid` (b,). Where training carries its state, so does this, from each micro-batch to the next.
+        `valid` (b,). Where training carries its state, so does this, from each micro-batch to the next. `poll` is
+        called between them and may raise, on all ranks at once.
         """
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
         states: list[ModelState | None] = [None] * len(self.modules)
@@ -74,6 +75,8 @@ class Scorer:
 
         waiting = iter(batches)
         while group := list(islice(waiting, self._group)):
+            if poll is not None:
+                poll()
             real = len(group)
             group += [_without_rows(group[-1])] * (self._group - real)
             for one in run_schedule(self.modules, forward, group, forward_only=True):

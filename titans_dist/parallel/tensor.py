@@ -76,7 +76,7 @@ def build_parallel(model: LanguageModel, config: ModelParallelConfig, group: Pro
     """
     size, rank = group.size(), group.rank()
     wholes = {name: value for name, value in model.named_parameters() if isinstance(value, Parameter)}
-    axes = _axes(model, size)
+    axes = split_axes(model, size)
     partial = {"shared": "", "norm": ".weight"}  # with sequence parallelism, each rank has a part of their gradient
     summed = {f"{path}.{c}".lstrip(".") + partial[kind] for path, _, c, kind in planned(model, size) if kind in partial}
     if size > 1:
@@ -104,7 +104,7 @@ def build_parallel(model: LanguageModel, config: ModelParallelConfig, group: Pro
         model.tie_embeddings()
 
 
-def _axes(model: LanguageModel, size: int) -> dict[str, int]:
+def split_axes(model: LanguageModel, size: int) -> dict[str, int]:
     """The split dimension of every parameter and buffer that has one, by its name."""
     axes = {}
     for path, module, child, kind in planned(model, size):

@@ -7,9 +7,10 @@ from typing import Any
 
 from titans_dist.config import CheckpointError, Config
 
-# What may not change between two starts of one run: it would be another model or another order of the data.
+# What may not change between two starts of one run: it would be another model or another order of the data. That the
+# datasets are the same is told by the data's own state.
 IDENTITY = (
-    *("model", "data.sequence_length", "data.documents", "data.seed"),
+    *("model", "data.sequence_length", "data.documents", "data.seed", "data.shuffle_shards"),
     *("training.seed", "training.global_batch_size", "training.carry_state"),
 )
 # What says how the model is computed, or only helped to work out its width.
@@ -19,13 +20,13 @@ FREE = (
 )
 
 
-def identity(config: Config, fingerprint: str) -> dict[str, Any]:
-    """Key -> value of everything that makes two starts the same run, with the model's defaults worked out."""
-    flat = _flatten(dataclasses.asdict(config))
+def identity(config: Config) -> dict[str, Any]:
+    """Key -> value of all settings that make two starts the same run, with the model's defaults worked out."""
+    flat = flatten(dataclasses.asdict(config))
     flat["model.intermediate_size"] = config.model.mlp_size
     flat |= {f"model.memory.{name}": value for name, value in config.model.memory.spec_fields().items()}
     keys = [key for key in flat if any(key == name or key.startswith(name + ".") for name in IDENTITY)]
-    return {key: flat[key] for key in keys if key not in FREE} | {"data fingerprint": fingerprint}
+    return {key: flat[key] for key in keys if key not in FREE}
 
 
 def check_identity(saved: dict[str, Any], now: dict[str, Any], run_dir: str) -> None:
@@ -41,16 +42,17 @@ def check_identity(saved: dict[str, Any], now: dict[str, Any], run_dir: str) -> 
 
 def check_model(saved: dict[str, Any], config: Config) -> None:
     """Raise CheckpointError where a checkpoint is of another model than the configuration's."""
-    now = identity(config, "")
+    now = identity(config)
     model = {key: value for key, value in saved.items() if key.startswith("model.")}
     check_identity(model, {key: value for key, value in now.items() if key.startswith("model.")}, config.run_dir)
 
 
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The leaves of nested dictionaries by their dotted names."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict):
-            flat.update(_flatten(value, f"{prefix}{key}."))
+            flat.update(flatten(value, f"{prefix}{key}."))
         else:
             flat[prefix + key] = value
     return flat

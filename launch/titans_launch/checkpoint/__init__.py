@@ -1,0 +1,1 @@
+"""`titans-dist checkpoint`: what the checkpoints of a run hold, and what can be made of them."""

@@ -1,0 +1,1 @@
+"""`titans-dist data`: what the datasets hold, and what a run reads of them."""

@@ -1,0 +1,205 @@
+"""One piece of work, measured leg by leg: a long document may change its worker after every leg.
+
+What has been read so far is data (`Progress`): the worker that goes on with it need not be the one that began.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import resource
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from titans_data.tokenize import Tokenizer
+from titans_dist.config import ConfigError
+from titans_dist.evaluation.tasks import Sample, Task, Text, digest
+from titans_dist.evaluation.work import Piece, Result
+from titans_dist.model import flatten, unflatten
+from titans_dist.parallel.reader import Reader
+
+LEG = 1 << 17
+"""Tokens that a worker reads before it hands over: what is lost when it dies, and how often others get their turn."""
+POSITIONS = "positions"
+"""The task that measures losses on the held-out text by position, instead of answers."""
+
+
+@dataclasses.dataclass
+class Progress:
+    """How far a piece is. Goes from worker to worker."""
+
+    sample: int = 0
+    """Samples that are done."""
+    read: int = 0
+    """Tokens of the next one that have been read."""
+    state: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    """The model's state after them, of this process of the copy; empty at the start of a sample."""
+    scores: list[float] = dataclasses.field(default_factory=list)
+    detail: dict[str, list[Any]] = dataclasses.field(default_factory=dict)
+    sums: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Of the sample that is being read: sum of its losses by the bin of the position."""
+    tokens: int = 0
+    seconds: float = 0.0
+    peak_bytes: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Material:
+    """What samples are made of."""
+
+    tasks: dict[str, Task]
+    tokenizer: Tokenizer | None
+    """None where the tokens have no text: then only losses can be measured."""
+    text: Text | None
+    held_out: Callable[[int, int], Tensor]
+    """The held-out tokens from a start on, so many, int64."""
+    held_out_tokens: int
+
+
+def bin_of(position: int) -> str:
+    """Positions count together from one power of two to the next; named by the first of them.
+
+    >>> [bin_of(position) for position in (0, 1, 5, 4096)]
+    ['0', '1', '4', '4096']
+    """
+    return str(1 << (position.bit_length() - 1) if position else 0)
+
+
+class Measuring:
+    """A worker's way through pieces. With tensor parallelism all processes of a copy do the same at the same time."""
+
+    def __init__(self, reader: Reader, material: Material, leg: int = LEG) -> None:
+        self.reader, self.material, self.leg = reader, material, leg
+        self._kept: tuple[str, list[Any]] = ("", [])
+
+    def advance(self, piece: Piece, progress: Progress) -> Progress | Result:
+        """Read at most about one leg; the result once all samples are done. Raises ConfigError for what cannot fit."""
+        started, budget = time.perf_counter(), self.leg
+        samples = self._samples(piece)
+        while progress.sample < len(samples) and budget > 0:
+            before = progress.tokens
+            if piece.task == POSITIONS:
+                self._read_losses(samples[progress.sample], progress, budget)
+            else:
+                self._read_question(samples[progress.sample], progress, budget)
+            budget -= progress.tokens - before
+        progress.seconds += time.perf_counter() - started
+        progress.peak_bytes = max(progress.peak_bytes, self._memory_bytes())
+        if progress.sample < len(samples):
+            return progress
+        return Result(
+            scores=progress.scores,
+            samples=self._digest(piece, samples),
+            tokens=progress.tokens,
+            seconds=progress.seconds,
+            peak_bytes=progress.peak_bytes,
+            detail=dict(progress.detail),
+        )
+
+    def _read_question(self, sample: Sample, progress: Progress, budget: int) -> None:
+        """Part of the prompt; behind its end the answer and its score."""
+        task, tokenizer = self.material.tasks[sample.task], self.material.tokenizer
+        assert tokenizer is not None
+        prompt = torch.from_numpy(tokenizer.encode_batch([sample.prompt])[0].astype("int64"))
+        if len(prompt) + sample.new_tokens > sample.length:
+            raise ConfigError(
+                f"{sample.task} has {len(prompt)} tokens and an answer of {sample.new_tokens}, which is more than its "
+                f"{sample.length}; nothing is ever cut off: use greater evaluation.lengths"
+            )
+        part = prompt[progress.read : progress.read + budget]
+        logits, state = self.reader.read(part, self._state(progress))
+        progress.read += len(part)
+        progress.tokens += len(part)
+        if progress.read < len(prompt):
+            progress.state = _on_cpu(state)
+            return
+        answer = self.reader.go_on(logits, state, sample.new_tokens, [tokenizer.end_of_document])
+        progress.tokens += len(answer)
+        output = tokenizer.decode(answer)
+        kept = {"depths": sample.depths, "answers": sample.answers, "output": output, "prompt_tokens": len(prompt)}
+        self._next(progress, task.score(sample, output), kept)
+
+    def _read_losses(self, window: tuple[int, int], progress: Progress, budget: int) -> None:
+        """Part of a stretch of the held-out text; behind its end the mean loss."""
+        start, length = window
+        count = min(budget, length - progress.read)
+        tokens = self.material.held_out(start + progress.read, count + 1)
+        after, position = self._state(progress), progress.read
+        for losses, state in self.reader.losses(tokens, after):
+            for begin, part in _by_bin(position, losses):
+                progress.sums[begin] = progress.sums.get(begin, 0.0) + part.double().sum().item()
+            position += len(losses)
+            after = state
+        progress.read += count
+        progress.tokens += count
+        if progress.read < length:
+            progress.state = _on_cpu(after)
+            return
+        self._next(progress, math.fsum(progress.sums.values()) / length, {"losses": progress.sums})
+
+    def _next(self, progress: Progress, score: float, kept: dict[str, Any]) -> None:
+        progress.scores.append(score)
+        for name, value in kept.items():
+            progress.detail.setdefault(name, []).append(value)
+        progress.sample, progress.read, progress.state, progress.sums = progress.sample + 1, 0, {}, {}
+
+    def _state(self, progress: Progress) -> Any:
+        start = self.reader.start()
+        return unflatten(progress.state, start) if progress.state else start
+
+    def _samples(self, piece: Piece) -> list[Any]:
+        """The samples of a piece, or the stretches of the held-out text; those of the last piece are kept."""
+        key, kept = self._kept
+        if key == piece.key:
+            return kept
+        material = self.material
+        if piece.task == POSITIONS:
+            made: list[Any] = _windows(piece, material.held_out_tokens)
+        else:
+            task = material.tasks[piece.task]
+            made = [
+                task.sample(piece.length, index, piece.seed, material.tokenizer, material.text)  # type: ignore[arg-type]
+                for index in range(piece.first, piece.first + piece.count)
+            ]
+        self._kept = piece.key, made
+        return made
+
+    def _digest(self, piece: Piece, samples: list[Any]) -> str:
+        if piece.task != POSITIONS:
+            return digest(samples)
+        return f"held-out:{self.material.held_out_tokens}:{samples}"
+
+    def _memory_bytes(self) -> int:
+        if self.reader.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.reader.device)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _on_cpu(state: Any) -> dict[str, Tensor]:
+    return {name: value.cpu() for name, value in flatten(state).items()}
+
+
+def _windows(piece: Piece, tokens: int) -> list[tuple[int, int]]:
+    """Where the stretches of a piece begin: they follow each other, so that no token counts twice at one length."""
+    there = (tokens - 1) // piece.length
+    if there == 0:
+        raise ConfigError(
+            f"the held-out text has {tokens:,} tokens, too few for {POSITIONS} at {piece.length:,}; use smaller "
+            "evaluation.lengths or a dataset with a larger data.validation_fraction"
+        )
+    return [(index * piece.length, piece.length) for index in range(piece.first, min(piece.first + piece.count, there))]
+
+
+def _by_bin(position: int, losses: Tensor) -> list[tuple[str, Tensor]]:
+    """Losses from `position` on, cut where a bin ends."""
+    found, at = [], 0
+    while at < len(losses):
+        begin = int(bin_of(position + at))
+        end = min(len(losses), (2 * begin if begin else 1) - position)
+        found.append((str(begin), losses[at:end]))
+        at = end
+    return found
