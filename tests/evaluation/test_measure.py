@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +16,8 @@ from tests.parallel.layouts import MODELS, config
 from titans_data.tokenize import BytesTokenizer
 from titans_dist.config import ConfigError
 from titans_dist.evaluation.measure import Material, Measuring, Progress, bin_of
-from titans_dist.evaluation.tasks import Sample
+from titans_dist.evaluation.samples import Samples
+from titans_dist.evaluation.tasks import Sample, Text
 from titans_dist.evaluation.work import Piece, Result
 from titans_dist.model import build_model, generate
 
@@ -36,16 +38,15 @@ class Letters:
         return float(output.startswith(sample.answers[0]))
 
 
-MATERIAL = Material(
-    tasks={"letters": Letters()},
-    tokenizer=BytesTokenizer(),
-    text=None,
-    held_out=lambda start, count: HELD_OUT[start : start + count],
-    held_out_tokens=len(HELD_OUT),
-)
+def material(folder: Path) -> Material:
+    return Material(
+        samples=Samples(folder, {"letters": Letters()}, BytesTokenizer(), Text("none")),
+        held_out=lambda start, count: HELD_OUT[start : start + count],
+        held_out_tokens=len(HELD_OUT),
+    )
 
 
-def measured(rank: int, world: int, name: str, piece: Piece, legs: list[int]) -> list[tuple[Result, int]]:
+def measured(rank: int, world: int, name: str, piece: Piece, legs: list[int], folder: Path) -> list[tuple[Result, int]]:
     """The result for each length of a leg, and how many legs it took; every leg by another worker."""
     from titans_dist.parallel import cpu
     from titans_dist.parallel.processes import make_groups
@@ -56,7 +57,7 @@ def measured(rank: int, world: int, name: str, piece: Piece, legs: list[int]) ->
     make_groups(made.parallel)
     found = []
     for leg in legs:
-        workers = [Measuring(Reader(made, torch.device("cpu"), piece=16), MATERIAL, leg) for _ in range(2)]
+        workers = [Measuring(Reader(made, torch.device("cpu"), piece=16), material(folder), leg) for _ in range(2)]
         progress: Progress | Result = Progress()
         count = 0
         while isinstance(progress, Progress):
@@ -69,10 +70,10 @@ def measured(rank: int, world: int, name: str, piece: Piece, legs: list[int]) ->
 @pytest.mark.parametrize("tensor", [1, 2])
 @pytest.mark.parametrize("name", ["mac", "mag"])
 @torch.no_grad()
-def test_losses_by_position_are_those_of_the_plain_model(name: str, tensor: int) -> None:
+def test_losses_by_position_are_those_of_the_plain_model(name: str, tensor: int, tmp_path: Path) -> None:
     piece = Piece("positions", 150, 0, 1, 2)
     model = build_model(MODELS[name], 1234)
-    for rows in run_distributed(measured, tensor, name, piece, [10**6, 40]):
+    for rows in run_distributed(measured, tensor, name, piece, [10**6, 40], tmp_path):
         (whole, once), (parts, often) = rows
         assert once == 1 and often == 8
         for result in (whole, parts):
@@ -89,9 +90,9 @@ def test_losses_by_position_are_those_of_the_plain_model(name: str, tensor: int)
 
 
 @torch.no_grad()
-def test_an_answer_does_not_depend_on_the_legs_and_is_the_plain_model_s() -> None:
+def test_an_answer_does_not_depend_on_the_legs_and_is_the_plain_model_s(tmp_path: Path) -> None:
     piece = Piece("letters", 100, 0, 0, 3)
-    ((whole, _), (parts, often)), *_ = run_distributed(measured, 1, "mag", piece, [10**6, 30])
+    ((whole, _), (parts, often)), *_ = run_distributed(measured, 1, "mag", piece, [10**6, 30], tmp_path)
     assert often > 3
     assert (whole.scores, whole.detail, whole.samples) == (parts.scores, parts.detail, parts.samples)
     model = build_model(MODELS["mag"], 1234)
@@ -102,7 +103,7 @@ def test_an_answer_does_not_depend_on_the_legs_and_is_the_plain_model_s() -> Non
     assert whole.detail["prompt_tokens"] == [96] * 3
 
 
-def refused(rank: int, world: int, piece: Piece) -> str:
+def refused(rank: int, world: int, piece: Piece, folder: Path) -> str:
     from titans_dist.parallel import cpu
     from titans_dist.parallel.processes import make_groups
     from titans_dist.parallel.reader import Reader
@@ -111,14 +112,14 @@ def refused(rank: int, world: int, piece: Piece) -> str:
     cpu.install()
     make_groups(made.parallel)
     with pytest.raises(ConfigError) as error:
-        Measuring(Reader(made, torch.device("cpu")), MATERIAL).advance(piece, Progress())
+        Measuring(Reader(made, torch.device("cpu")), material(folder)).advance(piece, Progress())
     return str(error.value)
 
 
-def test_nothing_is_ever_cut_off() -> None:
-    (sentence,) = run_distributed(refused, 1, Piece("letters", 50, 0, 9, 1))
+def test_nothing_is_ever_cut_off(tmp_path: Path) -> None:
+    (sentence,) = run_distributed(refused, 1, Piece("letters", 50, 0, 9, 1), tmp_path)
     assert "has 50 tokens and an answer of 4, which is more than its 50" in sentence
-    (sentence,) = run_distributed(refused, 1, Piece("positions", 1000, 0, 0, 1))
+    (sentence,) = run_distributed(refused, 1, Piece("positions", 1000, 0, 0, 1), tmp_path)
     assert "the held-out text has 1,000 tokens, too few for positions at 1,000" in sentence
 
 

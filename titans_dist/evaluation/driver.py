@@ -12,6 +12,7 @@ from titans_dist.evaluation.ledger import FILE, Ledger, Measured, Row
 from titans_dist.evaluation.material import gather
 from titans_dist.evaluation.measure import POSITIONS
 from titans_dist.evaluation.pool import Pool
+from titans_dist.evaluation.tasks import tasks
 from titans_dist.evaluation.work import pieces
 from titans_dist.run.identity import check_model
 
@@ -70,17 +71,17 @@ def of_checkpoint(store: Store, step: int, config: Config) -> Measured:
 def check_tasks(config: Config) -> None:
     """Raise ConfigError for what no worker could do, before any is started."""
     settings = config.evaluation
-    material = gather(config)
+    samples, known = gather(config).samples, tasks(settings.babi)
     for name in settings.tasks:
         if name == POSITIONS:
             continue
-        if name not in material.tasks:
-            near = difflib.get_close_matches(name, [POSITIONS, *material.tasks], n=1)
-            hint = f"did you mean {near[0]}?" if near else f"choose of {', '.join([POSITIONS, *material.tasks])}"
+        if name not in known:
+            near = difflib.get_close_matches(name, [POSITIONS, *known], n=1)
+            hint = f"did you mean {near[0]}?" if near else f"choose of {', '.join([POSITIONS, *known])}"
             raise ConfigError(f"evaluation.tasks has {name}, which is unknown; {hint}")
-        if material.tokenizer is None or material.text is None:
+        if samples is None:
             raise ConfigError(
                 f"{name} asks questions in words, and data={config.data.format} has no tokenizer; measure "
                 f"{POSITIONS} alone, or use a run that was trained on text"
             )
-        material.tasks[name].sample(min(settings.lengths), 0, settings.seed, material.tokenizer, material.text)
+        known[name].sample(min(settings.lengths), 0, settings.seed, samples.tokenizer, samples.text)

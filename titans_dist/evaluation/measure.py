@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from titans_data.tokenize import Tokenizer
 from titans_dist.config import ConfigError
-from titans_dist.evaluation.tasks import Sample, Task, Text, digest
+from titans_dist.evaluation.samples import Samples
+from titans_dist.evaluation.tasks import Sample, digest
 from titans_dist.evaluation.work import Piece, Result
 from titans_dist.model import flatten, unflatten
 from titans_dist.parallel.reader import Reader
@@ -36,6 +36,8 @@ class Progress:
     """Samples that are done."""
     read: int = 0
     """Tokens of the next one that have been read."""
+    prompt: Tensor | None = None
+    """Tokens (T,) int32 of the question that is being read."""
     state: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     """The model's state after them, of this process of the copy; empty at the start of a sample."""
     scores: list[float] = dataclasses.field(default_factory=list)
@@ -51,10 +53,8 @@ class Progress:
 class Material:
     """What samples are made of."""
 
-    tasks: dict[str, Task]
-    tokenizer: Tokenizer | None
+    samples: Samples | None
     """None where the tokens have no text: then only losses can be measured."""
-    text: Text | None
     held_out: Callable[[int, int], Tensor]
     """The held-out tokens from a start on, so many, int64."""
     held_out_tokens: int
@@ -102,20 +102,23 @@ class Measuring:
 
     def _read_question(self, sample: Sample, progress: Progress, budget: int) -> None:
         """Part of the prompt; behind its end the answer and its score."""
-        task, tokenizer = self.material.tasks[sample.task], self.material.tokenizer
-        assert tokenizer is not None
-        prompt = torch.from_numpy(tokenizer.encode_batch([sample.prompt])[0].astype("int64"))
+        questions = self.material.samples
+        assert questions is not None  # the driver has seen to it
+        task, tokenizer = questions.tasks[sample.task], questions.tokenizer
+        prompt = progress.prompt
+        if prompt is None:
+            prompt = torch.from_numpy(tokenizer.encode_batch([sample.prompt])[0].astype("int32"))
         if len(prompt) + sample.new_tokens > sample.length:
             raise ConfigError(
                 f"{sample.task} has {len(prompt)} tokens and an answer of {sample.new_tokens}, which is more than its "
                 f"{sample.length}; nothing is ever cut off: use greater evaluation.lengths"
             )
-        part = prompt[progress.read : progress.read + budget]
+        part = prompt[progress.read : progress.read + budget].long()
         logits, state = self.reader.read(part, self._state(progress))
         progress.read += len(part)
         progress.tokens += len(part)
         if progress.read < len(prompt):
-            progress.state = _on_cpu(state)
+            progress.prompt, progress.state = prompt, _on_cpu(state)
             return
         answer = self.reader.go_on(logits, state, sample.new_tokens, [tokenizer.end_of_document])
         progress.tokens += len(answer)
@@ -145,7 +148,8 @@ class Measuring:
         progress.scores.append(score)
         for name, value in kept.items():
             progress.detail.setdefault(name, []).append(value)
-        progress.sample, progress.read, progress.state, progress.sums = progress.sample + 1, 0, {}, {}
+        progress.sample, progress.read = progress.sample + 1, 0
+        progress.prompt, progress.state, progress.sums = None, {}, {}
 
     def _state(self, progress: Progress) -> Any:
         start = self.reader.start()
@@ -156,15 +160,11 @@ class Measuring:
         key, kept = self._kept
         if key == piece.key:
             return kept
-        material = self.material
         if piece.task == POSITIONS:
-            made: list[Any] = _windows(piece, material.held_out_tokens)
+            made: list[Any] = _windows(piece, self.material.held_out_tokens)
         else:
-            task = material.tasks[piece.task]
-            made = [
-                task.sample(piece.length, index, piece.seed, material.tokenizer, material.text)  # type: ignore[arg-type]
-                for index in range(piece.first, piece.first + piece.count)
-            ]
+            assert self.material.samples is not None
+            made = self.material.samples.of(piece)
         self._kept = piece.key, made
         return made
 
