@@ -10,10 +10,10 @@ from titans_dist.checkpoint.store import Store
 from titans_dist.config import CheckpointError, Config, ConfigError
 from titans_dist.evaluation.ledger import FILE, Ledger, Measured, Row
 from titans_dist.evaluation.material import gather
-from titans_dist.evaluation.measure import POSITIONS
+from titans_dist.evaluation.measure import POSITIONS, windows
 from titans_dist.evaluation.pool import Pool
 from titans_dist.evaluation.tasks import tasks
-from titans_dist.evaluation.work import pieces
+from titans_dist.evaluation.work import Piece, pieces
 from titans_dist.run.identity import check_model
 
 
@@ -71,9 +71,11 @@ def of_checkpoint(store: Store, step: int, config: Config) -> Measured:
 def check_tasks(config: Config) -> None:
     """Raise ConfigError for what no worker could do, before any is started."""
     settings = config.evaluation
-    samples, known = gather(config).samples, tasks(settings.babi)
+    material, known = gather(config), tasks(settings.babi)
+    samples = material.samples
     for name in settings.tasks:
         if name == POSITIONS:
+            windows(Piece(name, max(settings.lengths), settings.seed, 0, 1), material.held_out_tokens)
             continue
         if name not in known:
             near = difflib.get_close_matches(name, [POSITIONS, *known], n=1)

@@ -120,7 +120,7 @@ class Measuring:
         if progress.read < len(prompt):
             progress.prompt, progress.state = prompt, _on_cpu(state)
             return
-        answer = self.reader.go_on(logits, state, sample.new_tokens, [tokenizer.end_of_document])
+        answer = self.reader.go_on(logits, state, sample.new_tokens, [tokenizer.end_of_document], tokenizer.vocab_size)
         progress.tokens += len(answer)
         output = tokenizer.decode(answer)
         kept = {"depths": sample.depths, "answers": sample.answers, "output": output, "prompt_tokens": len(prompt)}
@@ -161,7 +161,7 @@ class Measuring:
         if key == piece.key:
             return kept
         if piece.task == POSITIONS:
-            made: list[Any] = _windows(piece, self.material.held_out_tokens)
+            made: list[Any] = windows(piece, self.material.held_out_tokens)
         else:
             assert self.material.samples is not None
             made = self.material.samples.of(piece)
@@ -183,8 +183,11 @@ def _on_cpu(state: Any) -> dict[str, Tensor]:
     return {name: value.cpu() for name, value in flatten(state).items()}
 
 
-def _windows(piece: Piece, tokens: int) -> list[tuple[int, int]]:
-    """Where the stretches of a piece begin: they follow each other, so that no token counts twice at one length."""
+def windows(piece: Piece, tokens: int) -> list[tuple[int, int]]:
+    """Where the stretches of a piece begin: they follow each other, so that no token counts twice at one length.
+
+    Raises ConfigError where the text has not one of the length.
+    """
     there = (tokens - 1) // piece.length
     if there == 0:
         raise ConfigError(

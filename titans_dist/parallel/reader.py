@@ -69,16 +69,28 @@ class Reader:
             x, state = self._mixed(part[:-1], state)
             yield self._losses(x, part[1:]), state
 
-    def answer(self, prompt: Tensor, new_tokens: int, ends: Iterable[int] = ()) -> list[int]:
-        """The likeliest `new_tokens` tokens after the prompt (T,); fewer where one of `ends`, left out, comes."""
-        return self.go_on(*self.read(prompt, self.start()), new_tokens, ends)
+    def answer(
+        self, prompt: Tensor, new_tokens: int, ends: Iterable[int] = (), vocabulary: int | None = None
+    ) -> list[int]:
+        """The likeliest `new_tokens` tokens after the prompt (T,); fewer where one of `ends`, left out, comes.
 
-    def go_on(self, logits: Tensor, state: ModelState, new_tokens: int, ends: Iterable[int] = ()) -> list[int]:
+        `vocabulary`: tokens that the tokenizer has, where the model, as is common, has more rows than those.
+        """
+        return self.go_on(*self.read(prompt, self.start()), new_tokens, ends, vocabulary)
+
+    def go_on(
+        self,
+        logits: Tensor,
+        state: ModelState,
+        new_tokens: int,
+        ends: Iterable[int] = (),
+        vocabulary: int | None = None,
+    ) -> list[int]:
         """The same after what `read` has returned."""
         stops = set(ends)
         found: list[int] = []
         while len(found) < new_tokens:
-            token = int(logits.argmax())
+            token = int(logits[:vocabulary].argmax())
             if token in stops:
                 break
             found.append(token)
