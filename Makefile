@@ -7,12 +7,15 @@ LINTER := $(VENV)/checkov/.installed
 # Processes that run tests side by side; each test may start several of its own.
 TEST_WORKERS ?= 2
 
-.PHONY: help train test matrix lint recall clean
+.PHONY: help train evaluate test matrix lint recall clean
 help:  ## What can be made
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
 
 train: $(READY)  ## Train a small Titans model: prepare, train, kill, resume, evaluate
 	$(BIN)/titans-dist quickstart
+
+evaluate: $(READY)  ## After `make train`: small offline suites on its checkpoint with 2 Ray workers, and a report, 10 minutes at most
+	$(BIN)/titans-dist evaluate suite=offline
 
 test: $(READY) $(LINTER) lint  ## Check the code and run the test suite, but for the whole matrix of models and layouts
 	$(BIN)/python -m pytest -n $(TEST_WORKERS) -m "not matrix" --durations=20
