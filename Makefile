@@ -4,7 +4,8 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.installed
 LINTER := $(VENV)/checkov/.installed
-# Processes that run tests side by side; each test may start several of its own.
+# Processes that run tests side by side; each test may start several of its own. On a machine that is too busy for the
+# deadlines of such a test it gets a second try, and the summary names it.
 TEST_WORKERS ?= 2
 
 .PHONY: help train evaluate test matrix lint recall clean
@@ -18,7 +19,7 @@ evaluate: $(READY)  ## After `make train`: small offline suites on its checkpoin
 	$(BIN)/titans-dist evaluate suite=offline
 
 test: $(READY) $(LINTER) lint  ## Check the code and run the test suite, but for the whole matrix of models and layouts
-	$(BIN)/python -m pytest -n $(TEST_WORKERS) -m "not matrix" --durations=20
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --reruns 1 -m "not matrix" --durations=20
 
 matrix: $(READY)  ## Every model on every layout equals one process: 20 minutes at most
 	$(BIN)/python -m pytest tests/parallel -m matrix

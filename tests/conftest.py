@@ -10,6 +10,7 @@ os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # looking for a GPU must not 
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before the first import of triton, which megatron-core brings too
@@ -17,9 +18,13 @@ if not torch.cuda.is_available():
 from collections import Counter
 from typing import Any
 
+# The same examples in every run, and no judgment of speed: a busy machine changes no verdict.
+settings.register_profile("titans", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("titans")
+
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Always print how many tests were skipped or left out, and why."""
+    """Always print how many tests were skipped or left out, and why, and which ones have failed at first."""
     reasons: Counter[str] = Counter()
     for report in terminalreporter.stats.get("skipped", []):
         text = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
@@ -27,6 +32,9 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     terminalreporter.write_line(f"skipped tests: {sum(reasons.values())}")
     for reason, count in reasons.most_common():
         terminalreporter.write_line(f"  {count} x {reason}")
+    for report in terminalreporter.stats.get("rerun", []):
+        terminalreporter.write_line(f"failed at first: {report.nodeid}")
+        terminalreporter.write_line(f"  {report.longreprtext.rpartition(chr(10))[2]}")
     left_out = len(terminalreporter.stats.get("deselected", [])) or max(_left_out, default=0)
     if left_out:
         terminalreporter.write_line(f"left out by -m or -k: {left_out}")

@@ -37,6 +37,8 @@ BARRIER_S = 5.0
 """Seconds after all workers of this node have ended with the job: torchrun would wait minutes for other nodes."""
 NOTE_S = 5.0
 """Seconds for which a node whose workers only saw others leave waits for what they say of the end of the job."""
+LATE_S = 30.0
+"""Seconds by which a node may start after another has ended the job; what was noted before is of an earlier job."""
 LOOK_S = 1.0
 """Seconds between two looks at the run folder: it may be on a slow file system."""
 
@@ -122,8 +124,9 @@ class _Job:
         self._is_down: bool | None = None
         """Whether no worker could save when the first signal came; None without one."""
         self._log = self.run_dir / "logs" / f"{command}-torchrun{f'-node{node.rank}' if node else ''}.log"
-        self._earlier = worker.ended(self.run_dir) if node else None
-        """The end of an earlier job that is still noted."""
+        known = worker.ended(self.run_dir) if node else None
+        self._earlier = known if known and known[0] < worker.STARTED - LATE_S else None
+        """The end of an earlier job of the same name that is still noted."""
         self._other: verdict.Verdict | None = None
         """How the job of several nodes has ended, from when that is known."""
         self._looked, self._known_at = 0.0, 0.0

@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 
 from titans_dist.checkpoint.lease import check_free
 from titans_dist.config import Config, ConfigError
-from titans_dist.config.machines import SINGLE, check_processes, processes_per_node
+from titans_dist.config.machines import SINGLE, check_processes, has_layout, processes_per_node
 from titans_launch import local, names, schedulers, tables
 from titans_launch.schedulers import snapshot
 from titans_launch.schedulers.job import SUBMIT, Job, remember, remembered, submission
@@ -20,7 +20,7 @@ def run(config: Config, dry_run: bool = False) -> int:
     Raises UserError, before anything is handed in, for a layout that does not fill the machines, a name that runs
     already, and what the scheduler does not have.
     """
-    if config.submit.command not in SINGLE:
+    if has_layout(config):
         check_processes(config)
     scheduler, run_dir = schedulers.named(config.cluster.backend), Path(config.run_dir)
     refuse_running(config, run_dir)
@@ -56,7 +56,7 @@ def described(config: Config, run_dir: Path) -> Job:
         folder=Path.cwd(),
         arguments=[config.submit.command, *local.job_overrides()],
         nodes=1 if config.submit.command in SINGLE else config.cluster.nodes,
-        per_node=1 if config.submit.command in SINGLE else processes_per_node(config),
+        per_node=processes_per_node(config) if has_layout(config) else 1,
         code=snapshot.take(run_dir.absolute()),
     )
 

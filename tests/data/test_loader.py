@@ -151,9 +151,9 @@ def test_the_order_is_pinned() -> None:
 
 def test_a_step_of_a_huge_corpus_costs_no_more_than_its_batch() -> None:
     schedule = one(10**12, 1024, 0)
-    begin = time.perf_counter()
+    begin = time.process_time()
     rows = schedule.rows(987_654_321)
-    assert time.perf_counter() - begin < 1.0
+    assert time.process_time() - begin < 1.0
     assert len(set(rows.tolist())) == 1024
     assert 0 <= rows.min() <= rows.max() < 10**12
 

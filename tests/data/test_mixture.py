@@ -97,9 +97,9 @@ def test_weights_become_the_smallest_whole_shares(weights: list[float], shares: 
 
 def test_a_far_step_of_a_large_mixture_is_found_at_once() -> None:
     mixture = Mixture(list("abcdefgh"), [Stage(0, (7**20, 5**25, 3**40, 1, 11**15, 2, 9, 10**18))], 4096)
-    begin = time.perf_counter()
+    begin = time.process_time()
     sources, _ = mixture.draw(10**9)
-    assert time.perf_counter() - begin < 2.0
+    assert time.process_time() - begin < 2.0
     assert len(sources) == 4096
 
 

@@ -28,10 +28,10 @@ class StandIn:
     def place(self) -> tuple[str, int]:
         return "127.0.0.1", 0
 
-    def join(self, place: tuple[str, int]) -> bool:
+    def join(self, place: tuple[str, int]) -> str:
         if (self.folder / "cannot begin").exists():
             raise UserError("the checkpoint is damaged")
-        return True
+        return "here"
 
     def advance(self, piece: Piece, progress: Any) -> tuple[bool, Any]:
         leg = (progress or 0) + 1
@@ -91,6 +91,7 @@ def test_every_piece_is_measured_once_by_two_workers(folder: Path) -> None:
         [("short", 1)] * 4 + [("long", leg) for leg in (1, 2, 3, 4)] * 4
     )
     assert len({pid for *_, pid, _ in done}) == 2
+    assert {"worker 1 of 2 is ready on here", "worker 2 of 2 is ready on here"} < {*said}
     assert said[-1].startswith("8 of 8 pieces | ") and "eta" in said[-1]
 
 

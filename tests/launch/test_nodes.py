@@ -25,7 +25,8 @@ SHORT = ["training.steps=20", "checkpoint.interval=10"]
 class Two:
     """A launcher for each of two nodes."""
 
-    def __init__(self, folder: Path, *arguments: str, stub: bool = True, **variables: str) -> None:
+    def __init__(self, folder: Path, *arguments: str, stub: bool = True, late: bool = False, **variables: str) -> None:
+        """`late`: the second one starts when the first one has ended."""
         self.run_dir = folder / "runs" / "run"
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -34,17 +35,20 @@ class Two:
         # As under srun, which also makes one task of each node; and as Kubeflow does it, who counts by itself.
         job |= {"SLURM_NTASKS": "2", "PET_NPROC_PER_NODE": "auto"}
         first = (STUB,) if stub else ()
-        self.launchers = [
-            subprocess.Popen(
-                command(*TRAIN, *arguments),
-                cwd=folder,
-                env=environment(*first, **job, PET_NODE_RANK=str(rank), SLURM_PROCID=str(rank), **variables),
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
+        self.launchers = []
+        for rank in range(2):
+            if late and rank == 1:
+                self.launchers[0].wait(timeout=100)
+            self.launchers.append(
+                subprocess.Popen(
+                    command(*TRAIN, *arguments),
+                    cwd=folder,
+                    env=environment(*first, **job, PET_NODE_RANK=str(rank), SLURM_PROCID=str(rank), **variables),
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                )
             )
-            for rank in range(2)
-        ]
 
     def wait_until(self, condition: Callable[[], object]) -> None:
         deadline = time.monotonic() + 60
@@ -60,8 +64,8 @@ class Two:
 
 
 @contextmanager
-def two(folder: Path, *arguments: str, stub: bool = True, **variables: str) -> Iterator[Two]:
-    job = Two(folder, *arguments, stub=stub, **variables)
+def two(folder: Path, *arguments: str, stub: bool = True, late: bool = False, **variables: str) -> Iterator[Two]:
+    job = Two(folder, *arguments, stub=stub, late=late, **variables)
     try:
         yield job
     finally:
@@ -125,14 +129,24 @@ def test_a_signal_to_one_launcher_makes_all_save_and_end_with_3(tmp_path: Path) 
     assert read_metrics(metrics)[-1]["name"] == "checkpoint"
 
 
-def test_where_the_first_node_cannot_prepare_the_data_the_others_do_not_wait_for_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("late", [False, True])
+def test_where_the_first_node_cannot_prepare_the_data_the_others_do_not_wait_for_it(late: bool, tmp_path: Path) -> None:
     text = ["data=text", "data.source=missing", "data.tokenizer=bytes", "data.path=data/x"]
-    with two(tmp_path, *text) as job:
+    with two(tmp_path, *text, late=late) as job:
         codes, _, err = job.end()
     assert codes == [codes[0], codes[0]]
     assert codes[0] in (2, 4)
     assert "missing" in err[0]
     assert "rank" not in "".join(logs(tmp_path).values())
+
+
+def test_how_an_earlier_job_of_the_same_name_has_ended_is_of_no_concern(tmp_path: Path) -> None:
+    with two(tmp_path, *SHORT, STUB_FAIL="ConfigError:1") as job:
+        assert job.end()[0] == [2, 2]
+    note = job.run_dir / "logs" / "job.json"
+    note.write_text(json.dumps(json.loads(note.read_text()) | {"time": time.time() - 60}))
+    with two(tmp_path, *SHORT) as job:
+        assert job.end()[0] == [0, 0]
 
 
 @pytest.mark.slow

@@ -22,6 +22,16 @@ _MEMORY = re.compile(r"[1-9]\d*[KMGT]")
 _VARIABLE = re.compile(r"[A-Za-z_]\w*")
 
 
+def on_ray(config: Config) -> bool:
+    """Whether the submitted command is the driver of Ray's workers, which may be on all machines."""
+    return config.submit.command == "evaluate" and bool(config.evaluation.tasks)
+
+
+def has_layout(config: Config) -> bool:
+    """Whether the submitted command is the processes of the layout, not one that starts what it needs."""
+    return config.submit.command not in SINGLE and not on_ray(config)
+
+
 def processes_per_node(config: Config) -> int:
     """Processes on each machine."""
     cluster = config.cluster

@@ -29,8 +29,8 @@ class Process:
             free.bind(("", 0))
             return ray.util.get_node_ip_address(), free.getsockname()[1]
 
-    def join(self, place: tuple[str, int]) -> bool:
-        """Meet the others, build the model, load the checkpoint."""
+    def join(self, place: tuple[str, int]) -> str:
+        """Meet the others, build the model, load the checkpoint; the name of the machine."""
         import torch
         import torch.distributed as dist
 
@@ -58,7 +58,7 @@ class Process:
         checkpoints = Store(Path(self.config.run_dir) / "checkpoints")
         reader.load(load(checkpoints, self.step, reader.sharded_state(), partial=True))
         self._measuring = Measuring(reader, gather(self.config))
-        return True
+        return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
     def advance(self, piece: Piece, progress: Any) -> tuple[bool, Any]:
         """Whether the piece is done, and its result or how far it is."""

@@ -124,7 +124,7 @@ class Pool:
 
         task = copy.task
         try:
-            done = self.ray.get(copy.waits_for)
+            done = self.ray.get(copy.waits_for)  # of a copy that has just begun, the names of its machines
             result = self.ray.get(copy.values[0]) if task is not None and all(done) else None
         except RayTaskError as error:  # the code has raised something, and would do so again
             if task is None:
@@ -139,6 +139,8 @@ class Pool:
             return
         copy.task, copy.waits_for = None, []
         if task is None:
+            where = ", ".join(dict.fromkeys(done))
+            meter.say(f"worker {self.copies.index(copy) + 1} of {len(self.copies)} is ready on {where}")
             return
         if result is None:
             task.progress = copy.values

@@ -10,6 +10,7 @@ from importlib import resources
 from pathlib import Path
 
 from titans_dist.config import ConfigError
+from titans_dist.config.machines import on_ray
 from titans_launch import names
 from titans_launch.doctor import EXCLUDE
 from titans_launch.schedulers import slurm_array, snapshot
@@ -19,6 +20,38 @@ LONGEST_WAIT_S = 65533
 
 _EACH_NODE = 'trap "" USR1; export PET_NODE_RANK=$SLURM_NODEID; exec "$@"'
 """What a task does that is the torchrun of a node: torchrun would die of USR1, which is for the processes."""
+
+_EACH_RAY = r"""
+export RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S=0 # of what ends, nothing is left to be done
+start() {
+  @@ray start "$@" --num-cpus="$SLURM_CPUS_ON_NODE" --disable-usage-stats --block \
+    >"$run/logs/ray-$SLURM_JOB_ID-$SLURM_NODEID.out" 2>&1 &
+  ray=$!
+}
+lives() { (: <"/dev/tcp/$MASTER_ADDR/$MASTER_PORT") 2>/dev/null; }
+if [ "$SLURM_NODEID" != 0 ]; then
+  until lives || [ "$SECONDS" -gt 300 ]; do sleep 1; done
+  start --address="$MASTER_ADDR:$MASTER_PORT"
+  while lives; do sleep 1; done # by itself Ray would wait for its first node for minutes
+  kill "$ray"
+  wait "$ray"
+  exit 0
+fi
+start --head --port="$MASTER_PORT" --include-dashboard=false
+until lives; do
+  kill -0 "$ray" 2>/dev/null || exit 1
+  sleep 0.2
+done
+# The driver is no rank of a layout, though srun has started it beside others.
+RAY_ADDRESS="$MASTER_ADDR:$MASTER_PORT" env -u SLURM_NTASKS "$@"
+code=$?
+kill "$ray"
+wait "$ray"
+exit $code
+"""
+"""What a task does where Ray's workers are: one Ray on all nodes, which ends with the driver on the first of them."""
+_RAY_TOKEN = "export run RAY_AUTH_MODE=token RAY_AUTH_TOKEN=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \\n')"
+"""Others on these nodes must not be able to run anything in this Ray; the token is new in each start."""
 
 
 class _Template(string.Template):
@@ -94,8 +127,9 @@ def _settings(job: Job) -> list[str]:
         _variable("prepares", "yes" if _needs_preparing(job) else ""),
         _array("program", _program(job)),
         _array("srun_options", [f"--cpus-per-task={cpus}" for cpus in [_cpus(job)] if cpus] + _pyxis(job) + slurm.srun),
-        _array("each_task", ["bash", "-c", _EACH_NODE, "titans-dist"] if slurm.launcher == "torchrun" else []),
+        _array("each_task", _each_task(job)),
         *(f"export {_variable(key, value)}" for key, value in _environment(job).items()),
+        *([_RAY_TOKEN] if on_ray(job.config) else []),
         *slurm.setup,
     ]
     return lines
@@ -129,15 +163,27 @@ def _environment(job: Job) -> dict[str, str]:
     return environment
 
 
-def _program(job: Job) -> list[str]:
+def _each_task(job: Job) -> list[str]:
+    """What stands before the program."""
+    if on_ray(job.config):
+        text = _Template(_EACH_RAY).substitute(ray=shlex.join(_program(job, "ray", "ray.scripts.scripts")))
+    elif job.config.cluster.slurm.launcher == "torchrun":
+        text = _EACH_NODE
+    else:
+        return []
+    return ["bash", "-c", text, "titans-dist"]
+
+
+def _program(job: Job, name: str = "titans-dist", module: str = "titans_launch") -> list[str]:
+    """How a program is started: by its module here, by its name in an image."""
     cluster = job.config.cluster
     if cluster.image is None:
-        return [sys.executable, "-m", "titans_launch"]
+        return [sys.executable, "-m", module]
     if cluster.slurm.container == "pyxis":
-        return ["titans-dist"]
+        return [name]
     gpus = ["--nv"] if cluster.gpus_per_node else []
     binds = [word for mount in _mounts(job) for word in ("--bind", mount)]
-    return ["apptainer", "exec", *gpus, *binds, "--pwd", str(job.folder), cluster.image, "titans-dist"]
+    return ["apptainer", "exec", *gpus, *binds, "--pwd", str(job.folder), cluster.image, name]
 
 
 def _pyxis(job: Job) -> list[str]:
@@ -171,13 +217,13 @@ def _needs_preparing(job: Job) -> bool:
 
 def _tasks(job: Job) -> int:
     """Tasks of each node."""
-    return 1 if job.config.cluster.slurm.launcher == "torchrun" else job.per_node
+    return 1 if job.config.cluster.slurm.launcher == "torchrun" or on_ray(job.config) else job.per_node
 
 
 def _cpus(job: Job) -> int | None:
     """Cores of each task; a torchrun needs those of all its processes."""
     cpus = job.config.cluster.cpus_per_process
-    if job.config.cluster.slurm.launcher == "torchrun":
+    if job.config.cluster.slurm.launcher == "torchrun" and not on_ray(job.config):
         return job.per_node * (cpus or 1)
     return cpus
 
