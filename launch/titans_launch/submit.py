@@ -56,7 +56,7 @@ def described(config: Config, run_dir: Path) -> Job:
         folder=Path.cwd(),
         arguments=[config.submit.command, *local.job_overrides()],
         nodes=1 if config.submit.command in SINGLE else config.cluster.nodes,
-        per_node=processes_per_node(config) if has_layout(config) else 1,
+        per_node=1 if config.submit.command in SINGLE else processes_per_node(config),
         code=snapshot.take(run_dir.absolute()),
     )
 

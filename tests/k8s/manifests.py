@@ -22,7 +22,7 @@ from omegaconf import OmegaConf
 from titans_dist.config import Config
 from titans_launch import cli
 from titans_launch.schedulers.job import Job
-from titans_launch.schedulers.kubernetes import rayjob, trainjob
+from titans_launch.schedulers.kubernetes import trainjob
 from titans_launch.schedulers.kubernetes.manifest import dump
 
 Object = dict[str, Any]
@@ -35,7 +35,10 @@ RDMA = (
     "cluster.queue=titans-dist cluster.kubernetes.topology=cloud.provider.com/topology-rack "
     "cluster.kubernetes.rdma=true +cluster.kubernetes.resources={rdma/ib:8}"
 )
-EVALUATION = "submit --command evaluate name=titans experiment=titans_760m cluster=k8s_h100 parallel.data=32"
+EVALUATION = (
+    "submit --command evaluate name=titans experiment=titans_760m suite=ruler evaluation.gpus=1 evaluation.workers=32 "
+    "cluster=k8s_h100 parallel.data=32"
+)
 
 
 def dry_run(folder: Path, command: str) -> Path:
@@ -55,7 +58,7 @@ def rendered(command: str) -> Object:
     """The object that `titans-dist COMMAND` would hand in; {folder} in it is the folder in which it is called."""
     with tempfile.TemporaryDirectory() as folder:
         submitted = dry_run(Path(folder), command.replace("{folder}", folder))
-        (path,) = (*submitted.glob("jobset.yaml"), *submitted.glob("trainjob.yaml"))
+        (path,) = (file for file in submitted.glob("*.yaml") if file.name != "config.yaml")
         made: Object = yaml.safe_load(path.read_text())
         return made
 
@@ -83,7 +86,7 @@ def job(command: str) -> Job:
 COMMITTED: dict[str, Callable[[], Object]] = {
     "base/jobset.yaml": lambda: rendered(BASE),
     "trainer/runtime.yaml": lambda: trainjob.runtime(job(BASE)),
-    "ray/rayjob.yaml": lambda: rayjob.render(job(EVALUATION)),
+    "ray/rayjob.yaml": lambda: rendered(EVALUATION),
 }
 
 

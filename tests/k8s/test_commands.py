@@ -14,7 +14,7 @@ import yaml
 from kubernetes import client, config
 
 from tests.k8s.conftest import Cli, Kubectl
-from titans_launch.schedulers.kubernetes.api import JOBSET, TRAINJOB
+from titans_launch.schedulers.kubernetes.api import JOBSET, RAYJOB, TRAINJOB
 
 pytestmark = pytest.mark.k8s
 
@@ -71,7 +71,7 @@ def collector(kubeconfig: Path) -> Iterator[list[str]]:
 
     def collect() -> None:
         while not ended.wait(0.1):
-            for kind in (JOBSET, TRAINJOB):
+            for kind in (JOBSET, TRAINJOB, RAYJOB):
                 place = (kind.group, kind.version, "titans-dist", kind.plural)
                 for each in api.list_namespaced_custom_object(*place)["items"]:
                     if "foregroundDeletion" in each["metadata"].get("finalizers", []):
@@ -148,6 +148,32 @@ def test_a_job_that_has_ended_makes_room_for_the_next_start_of_its_run(
     assert there(*job("ended")).code == 0
     assert "PENDING" in there("status", "ended").out and collector == ["ended"]
     assert there("cancel", "ended").code == 0
+
+
+def test_an_evaluation_on_ray_is_a_rayjob(there: Cli, kubectl: Kubectl, collector: list[str]) -> None:
+    submitted = there(*job("measured", "--command", "evaluate", "suite=offline"))
+    assert submitted.code == 0, submitted.error
+    first = found(kubectl, "rayjob", "measured")
+    handed_in = yaml.safe_load(Path("runs/measured/submit/rayjob.yaml").read_text())
+    assert holds(first["spec"], handed_in["spec"])
+    assert "titans-dist evaluate" in first["spec"]["entrypoint"] and "suite=offline" in first["spec"]["entrypoint"]
+    assert first["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["replicas"] == 2
+    assert "PENDING" in there("status", "measured").out
+    for deployment, outcome, word in (
+        ("Running", "RUNNING", "RUNNING"),
+        ("Complete", "FAILED", "FAILED"),
+        ("Complete", "SUCCEEDED", "COMPLETED"),
+    ):
+        status = {"status": {"jobDeploymentStatus": deployment, "jobStatus": outcome, "message": "told by the test"}}
+        kubectl("patch", "rayjob", "measured", "--subresource=status", "--type=merge", "-p", json.dumps(status))
+        said = there("status", "measured").out
+        assert word in said and "told by the test" in said
+    logs = there("logs", "measured")
+    assert (logs.code, "head of its Ray cluster" in logs.error) == (1, True)
+    again = there(*job("measured", "--command", "evaluate", "suite=offline"))
+    assert again.code == 0, again.error
+    assert there("cancel", "measured").code == 0
+    assert collector == ["measured", "measured"] and not is_there(kubectl, "rayjob", "measured")
 
 
 def test_an_object_of_another_run_is_left_alone(there: Cli, kubectl: Kubectl, collector: list[str]) -> None:

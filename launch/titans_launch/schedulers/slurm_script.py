@@ -221,9 +221,11 @@ def _tasks(job: Job) -> int:
 
 
 def _cpus(job: Job) -> int | None:
-    """Cores of each task; a torchrun needs those of all its processes."""
+    """Cores of each task; a torchrun, and a Ray, needs those of all its processes."""
     cpus = job.config.cluster.cpus_per_process
-    if job.config.cluster.slurm.launcher == "torchrun" and not on_ray(job.config):
+    if on_ray(job.config):
+        return None if cpus is None else job.per_node * cpus
+    if job.config.cluster.slurm.launcher == "torchrun":
         return job.per_node * (cpus or 1)
     return cpus
 

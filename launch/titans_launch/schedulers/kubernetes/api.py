@@ -38,6 +38,7 @@ class Kind:
 
 JOBSET = Kind("jobset.x-k8s.io", "v1alpha2", "jobsets", "JobSet", "JobSet")
 TRAINJOB = Kind("trainer.kubeflow.org", "v1alpha1", "trainjobs", "TrainJob", "Kubeflow Trainer")
+RAYJOB = Kind("ray.io", "v1", "rayjobs", "RayJob", "KubeRay")
 RUNTIME = Kind(TRAINJOB.group, TRAINJOB.version, "clustertrainingruntimes", "ClusterTrainingRuntime", TRAINJOB.origin)
 LOCALQUEUE = Kind("kueue.x-k8s.io", "v1beta2", "localqueues", "LocalQueue", "Kueue")
 

@@ -10,9 +10,9 @@ from packaging.requirements import Requirement
 from titans_dist.config.machines import seconds
 from titans_launch.schedulers.job import Job
 from titans_launch.schedulers.kubernetes import pods
+from titans_launch.schedulers.kubernetes.api import RAYJOB
 from titans_launch.schedulers.kubernetes.manifest import APP, Object, is_queued, metadata
 
-VERSION = "ray.io/v1"
 HEAD_MEMORY = "8Gi"
 HEAD_CPUS = "2"
 
@@ -22,8 +22,8 @@ def render(job: Job) -> Object:
     cluster, settings = job.config.cluster, job.config.cluster.kubernetes
     deadline = {} if cluster.time is None else {"activeDeadlineSeconds": seconds(cluster.time)}
     return {
-        "apiVersion": VERSION,
-        "kind": "RayJob",
+        "apiVersion": f"{RAYJOB.group}/{RAYJOB.version}",
+        "kind": RAYJOB.title,
         "metadata": metadata(job),
         "spec": {
             "suspend": is_queued(job),
@@ -35,6 +35,8 @@ def render(job: Job) -> Object:
             "ttlSecondsAfterFinished": round(settings.keep_hours * 3600),
             "rayClusterSpec": {
                 "rayVersion": ray_version(),
+                # Nobody else in the cluster may run anything here; KubeRay makes the token.
+                "authOptions": {"mode": "token"},
                 "headGroupSpec": {
                     "rayStartParams": {"num-cpus": "0", "dashboard-host": "0.0.0.0"},
                     "template": _pod(job, "ray-head", {"cpu": HEAD_CPUS, "memory": HEAD_MEMORY}),
@@ -52,6 +54,14 @@ def render(job: Job) -> Object:
             },
         },
     }
+
+
+def state_of(status: Object) -> tuple[str, bool]:
+    """How a RayJob is by its status, in the words for all jobs; and whether it is over."""
+    deployment = status.get("jobDeploymentStatus", "")
+    if deployment in ("Complete", "Failed"):
+        return "COMPLETED" if status.get("jobStatus") == "SUCCEEDED" else "FAILED", True
+    return {"Running": "RUNNING", "Suspended": "SUSPENDED", "Suspending": "STOPPING"}.get(deployment, "PENDING"), False
 
 
 def ray_version() -> str:
