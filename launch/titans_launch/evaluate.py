@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
 from titans_dist.config import CheckpointError, Config
 from titans_launch import local, tables, worker
 from titans_launch.checkpoint import opened
+
+if TYPE_CHECKING:
+    from titans_dist.evaluation.summary import Metric
 
 
 def run(config: Config) -> int:
@@ -34,7 +37,7 @@ def run(config: Config) -> int:
 def suite(config: Config) -> int:
     """Measure what is missing of a suite, and show all of it."""
     from titans_dist.evaluation.driver import measure
-    from titans_dist.evaluation.summary import lines
+    from titans_dist.evaluation.summary import lines, metrics
 
     rows = measure(config, lambda line: print(line, flush=True))
     table = Table(title=f"{config.name} at step {rows[0].measured.step:,}" if rows else "nothing", title_justify="left")
@@ -47,9 +50,25 @@ def suite(config: Config) -> int:
             else (f"{x:.1%}" for x in (line.mean, line.low, line.high))
         )
         peak, speed = opened.size(line.peak_bytes), line.tokens / line.seconds
-        table.add_row(line.task, f"{line.length:,}", str(line.count), score, f"{low} .. {high}", f"{speed:,.0f}", peak)
+        length = f"{line.length:,}" if line.length else "-"
+        table.add_row(line.task, length, str(line.count), score, f"{low} .. {high}", f"{speed:,.0f}", peak)
     tables.console().print(table)
+    of_harness(metrics(rows))
     return 0
+
+
+def of_harness(found: list[Metric]) -> None:
+    """Print what lm-evaluation-harness makes of its tasks, if there are any."""
+    if not found:
+        return
+    table = Table(title="by lm-evaluation-harness", title_justify="left")
+    for name in ("task", "version", "documents", "metric", "value", "standard error"):
+        table.add_column(name, justify="left" if name in ("task", "metric") else "right")
+    for one in found:
+        stderr = "-" if one.stderr is None else f"{one.stderr:.4f}"
+        documents = f"{one.documents:,} of {one.of:,}"
+        table.add_row(one.task, one.version, documents, one.name, f"{one.value:.4f}", stderr)
+    tables.console().print(table)
 
 
 def show(result: dict[str, Any], run_dir: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import shutil
 import sqlite3
 import subprocess
@@ -122,6 +124,43 @@ def test_one_copy_of_two_processes_measures_the_same(home: Path, measured: list[
     assert scores(found, "output") == scores(measured, "output")
     wanted = scores(measured, "scores")
     assert scores(found, "scores") == {key: pytest.approx(value, abs=1e-5) for key, value in wanted.items()}
+
+
+@torch.no_grad()
+def test_a_task_of_the_harness_goes_the_same_way(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HOME", str(home / "cache"))
+    pages = ["A page of a book.\n", "Another one, which is longer. " * 20]
+    (home / "pages.jsonl").write_text("".join(json.dumps({"page": page}) + "\n" for page in pages))
+    (home / "tasks").mkdir()
+    (home / "tasks" / "pages.yaml").write_text(
+        f"""\
+task: pages
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {home}/pages.jsonl}}}}
+output_type: loglikelihood_rolling
+test_split: test
+doc_to_text: ""
+doc_to_target: "{{{{page}}}}"
+metric_list: [{{metric: bits_per_byte}}]
+"""
+    )
+    copied(home, "harness")
+    wanted = ("evaluation.tasks=[lm/pages]", f"evaluation.task_folder={home}/tasks", "evaluation.workers=1")
+    done = suite(home, "harness", *wanted, lengths=())
+    assert done.returncode == 0, done.stderr
+    (row,) = rows(home, "harness")
+    model, losses = weights(Run(home / "runs" / "harness"), 4), []
+    for page in pages:
+        tokens = torch.tensor([256, *page.encode()])
+        losses.append(F.cross_entropy(model(tokens[None, :-1])[0].double(), tokens[1:], reduction="sum").item())
+    sizes = [len(page) for page in pages]
+    assert row.result.scores == pytest.approx([x / n for x, n in zip(losses, sizes, strict=True)], abs=1e-5)
+    bits = row.result.detail["metrics"]["bits_per_byte"]["value"]
+    assert bits == pytest.approx(sum(losses) / sum(sizes) / math.log(2), abs=1e-5)
+    line = next(line for line in done.stdout.splitlines() if "bits_per_byte" in line)
+    assert "lm/pages" in line and "2 of 2" in line and f"{bits:.4f}" in line
+    again = suite(home, "harness", *wanted, lengths=())
+    assert "step 4: 0 of 1 pieces are to be measured" in again.stdout
 
 
 def test_a_killed_evaluation_goes_on_where_it_was(home: Path, measured: list[Row]) -> None:

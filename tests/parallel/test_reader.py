@@ -46,6 +46,8 @@ def read(rank: int, world: int, made: Config, piece: int) -> dict[str, Any]:
         "answer": answer,
         "ended": reader.answer(document(), 6, ends=[answer[3]]),
         "none": reader.answer(document(), 0),
+        "likelihood": reader.likelihood(document()[50:], logits, after),
+        "of the answer": reader.likelihood(torch.tensor(answer), *reader.read(document(), reader.start())),
     }
 
 
@@ -66,6 +68,10 @@ def test_pieces_give_what_one_call_gives(name: str, tensor: int) -> None:
         assert found["answer"] == answer
         assert found["ended"] == answer[: answer.index(answer[3])]
         assert found["none"] == []
+        likelihood, is_likeliest = found["likelihood"]
+        assert likelihood == pytest.approx(-wanted[49:].double().sum().item(), rel=1e-5)
+        assert not is_likeliest
+        assert found["of the answer"][1]
 
 
 def test_the_size_of_a_piece_changes_nothing() -> None:

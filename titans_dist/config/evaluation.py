@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 HELD_OUT = ("loss", "positions")
 """What is measured on the held-out text: its loss, and its loss by position and by length of the context."""
+HARNESS = "lm/"
+"""Before the name of a task of lm-evaluation-harness: lm/piqa. Such a task has no length of the context."""
 
 
 @dataclass
@@ -31,13 +33,15 @@ class EvaluationConfig:
     lengths: list[int] = field(default_factory=list)
     """Lengths of the context in tokens, >= 2."""
     samples: int = 100
-    """Questions for each task and length, >= 1."""
+    """Questions for each task and length, >= 1; of a task lm/NAME its first documents, at most so many."""
     seed: int = 42
     """Seed of the questions."""
     text: str | None = None
     """File or folder of background text. Unset: the documentation of Python's standard library."""
     babi: str | None = None
     """Folder en-10k of bAbI with qa1_..._train.txt, qa1_..._test.txt and so on, for the tasks babilong_qa1 to _qa5."""
+    task_folder: str | None = None
+    """Folder of task files of lm-evaluation-harness for tasks lm/NAME. Unset: those it comes with, from the hub."""
     workers: int = 2
     """Ray workers with one copy of the model each, >= 1."""
     tensor: int = 1

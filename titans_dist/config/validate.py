@@ -5,7 +5,7 @@ from __future__ import annotations
 from titans_dist.config.architecture import validate_model
 from titans_dist.config.checks import at_least, between, nearest_divisor, nearest_multiple, one_of, positive
 from titans_dist.config.errors import ConfigError
-from titans_dist.config.evaluation import EvaluationConfig
+from titans_dist.config.evaluation import HARNESS, EvaluationConfig
 from titans_dist.config.layout import validate_batch, validate_layout
 from titans_dist.config.machines import validate_cluster
 from titans_dist.config.mixture import validate_mixture
@@ -154,7 +154,7 @@ def _evaluation(evaluation: EvaluationConfig) -> None:
     between("evaluation.follow.budget", follow.budget, 0, 1)
     for task, every in follow.every.items():
         at_least(f"evaluation.follow.every.{task}", every, 1)
-    if evaluation.tasks and not evaluation.lengths:
+    if any(not task.startswith(HARNESS) for task in evaluation.tasks) and not evaluation.lengths:
         raise ConfigError("evaluation.tasks needs lengths of the context; add evaluation.lengths=[2048,4096]")
 
 

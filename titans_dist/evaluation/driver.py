@@ -8,6 +8,7 @@ from pathlib import Path
 
 from titans_dist.checkpoint.store import Store
 from titans_dist.config import CheckpointError, Config, ConfigError
+from titans_dist.evaluation.harness.tasks import is_harness, load_task
 from titans_dist.evaluation.ledger import FILE, Ledger, Measured, Row
 from titans_dist.evaluation.material import gather
 from titans_dist.evaluation.measure import POSITIONS, windows
@@ -77,7 +78,7 @@ def check_tasks(config: Config) -> None:
         if name == POSITIONS:
             windows(Piece(name, max(settings.lengths), settings.seed, 0, 1), material.held_out_tokens)
             continue
-        if name not in known:
+        if not is_harness(name) and name not in known:
             near = difflib.get_close_matches(name, [POSITIONS, *known], n=1)
             hint = f"did you mean {near[0]}?" if near else f"choose of {', '.join([POSITIONS, *known])}"
             raise ConfigError(f"evaluation.tasks has {name}, which is unknown; {hint}")
@@ -86,4 +87,7 @@ def check_tasks(config: Config) -> None:
                 f"{name} asks questions in words, and data={config.data.format} has no tokenizer; measure "
                 f"{POSITIONS} alone, or use a run that was trained on text"
             )
+        if is_harness(name):
+            load_task(name, settings.task_folder, settings.seed)
+            continue
         known[name].sample(min(settings.lengths), 0, settings.seed, samples.tokenizer, samples.text)

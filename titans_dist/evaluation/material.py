@@ -25,6 +25,7 @@ def gather(config: Config) -> Material:
         samples = Samples(folder, tasks(settings.babi), tokenizer, load_text(settings.text), settings.babi)
     return Material(
         samples=samples,
+        task_folder=settings.task_folder,
         held_out=lambda start, count: torch.from_numpy(held_out.read(start, count)[0]),
         held_out_tokens=held_out.num_tokens,
     )

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from titans_dist.config import ConfigError
+from titans_dist.evaluation.harness.questions import Questions
+from titans_dist.evaluation.harness.tasks import is_harness
 from titans_dist.evaluation.samples import Samples
 from titans_dist.evaluation.tasks import Sample, digest
 from titans_dist.evaluation.work import Piece, Result
@@ -42,6 +44,8 @@ class Progress:
     """The model's state after them, of this process of the copy; empty at the start of a sample."""
     scores: list[float] = dataclasses.field(default_factory=list)
     detail: dict[str, list[Any]] = dataclasses.field(default_factory=dict)
+    answers: list[Any] = dataclasses.field(default_factory=list)
+    """Of a task of the harness: what was answered to each sample; all are scored at the end."""
     sums: dict[str, float] = dataclasses.field(default_factory=dict)
     """Of the sample that is being read: sum of its losses by the bin of the position."""
     tokens: int = 0
@@ -58,6 +62,8 @@ class Material:
     held_out: Callable[[int, int], Tensor]
     """The held-out tokens from a start on, so many, int64."""
     held_out_tokens: int
+    task_folder: str | None = None
+    """Task files of the harness."""
 
 
 def bin_of(position: int) -> str:
@@ -74,7 +80,7 @@ class Measuring:
 
     def __init__(self, reader: Reader, material: Material, leg: int = LEG) -> None:
         self.reader, self.material, self.leg = reader, material, leg
-        self._kept: tuple[str, list[Any]] = ("", [])
+        self._kept: tuple[str, Any] = ("", [])
 
     def advance(self, piece: Piece, progress: Progress) -> Progress | Result:
         """Read at most about one leg; the result once all samples are done. Raises ConfigError for what cannot fit."""
@@ -84,6 +90,8 @@ class Measuring:
             before = progress.tokens
             if piece.task == POSITIONS:
                 self._read_losses(samples[progress.sample], progress, budget)
+            elif is_harness(piece.task):
+                self._answer(samples, progress)
             else:
                 self._read_question(samples[progress.sample], progress, budget)
             budget -= progress.tokens - before
@@ -91,9 +99,13 @@ class Measuring:
         progress.peak_bytes = max(progress.peak_bytes, self._memory_bytes())
         if progress.sample < len(samples):
             return progress
+        if is_harness(piece.task):
+            progress.scores, sampled, progress.detail = samples.outcome(progress.answers)
+        else:
+            sampled = self._digest(piece, samples)
         return Result(
             scores=progress.scores,
-            samples=self._digest(piece, samples),
+            samples=sampled,
             tokens=progress.tokens,
             seconds=progress.seconds,
             peak_bytes=progress.peak_bytes,
@@ -144,6 +156,13 @@ class Measuring:
             return
         self._next(progress, math.fsum(progress.sums.values()) / length, {"losses": progress.sums})
 
+    def _answer(self, questions: Questions, progress: Progress) -> None:
+        """All requests of one context."""
+        answers, tokens = questions.answer(progress.sample)
+        progress.answers.append(answers)
+        progress.tokens += tokens
+        progress.sample += 1
+
     def _next(self, progress: Progress, score: float, kept: dict[str, Any]) -> None:
         progress.scores.append(score)
         for name, value in kept.items():
@@ -155,16 +174,20 @@ class Measuring:
         start = self.reader.start()
         return unflatten(progress.state, start) if progress.state else start
 
-    def _samples(self, piece: Piece) -> list[Any]:
-        """The samples of a piece, or the stretches of the held-out text; those of the last piece are kept."""
+    def _samples(self, piece: Piece) -> Any:
+        """The samples of a piece, the stretches of the held-out text, or the questions of a task of the harness; those
+        of the last piece are kept."""
         key, kept = self._kept
         if key == piece.key:
             return kept
         if piece.task == POSITIONS:
-            made: list[Any] = windows(piece, self.material.held_out_tokens)
+            made: Any = windows(piece, self.material.held_out_tokens)
         else:
             assert self.material.samples is not None
-            made = self.material.samples.of(piece)
+            if is_harness(piece.task):
+                made = Questions(piece, self.material.task_folder, self.reader, self.material.samples.tokenizer)
+            else:
+                made = self.material.samples.of(piece)
         self._kept = piece.key, made
         return made
 

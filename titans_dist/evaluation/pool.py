@@ -147,7 +147,7 @@ class Pool:
             waiting.appendleft(task)
             return
         add(task.piece, result)
-        meter.done(task.piece)
+        meter.done(task.piece, result)
 
     def _died(self, copy: Copy, waiting: deque[Task], error: Exception, meter: _Meter) -> None:
         """Begin another copy, and put its piece back, unless it has failed too often."""
@@ -236,17 +236,18 @@ def cause(error: BaseException) -> str:
 
 
 class _Meter:
-    """Progress by tokens, with the time that is left."""
+    """Progress, with the tokens that were read and the time that is left."""
 
     def __init__(self, pieces: list[Piece], say: Callable[[str], None]) -> None:
         self.say = say
-        self._total = sum(piece.length * piece.count for piece in pieces)
-        self._count, self._pieces, self._tokens = 0, len(pieces), 0
+        self._total = sum(piece.tokens for piece in pieces)
+        self._count, self._pieces, self._tokens, self._read = 0, len(pieces), 0, 0
         self._began, self._shown = time.monotonic(), 0
 
-    def done(self, piece: Piece) -> None:
+    def done(self, piece: Piece, result: Result) -> None:
         self._count += 1
-        self._tokens += piece.length * piece.count
+        self._tokens += piece.tokens
+        self._read += result.tokens
 
     def show(self) -> None:
         if self._count == self._shown:
@@ -254,4 +255,4 @@ class _Meter:
         self._shown = self._count
         spent = time.monotonic() - self._began
         left = spent / self._tokens * (self._total - self._tokens)
-        self.say(f"{self._count} of {self._pieces} pieces | {self._tokens:,} tokens | eta {left:,.0f} s")
+        self.say(f"{self._count} of {self._pieces} pieces | {self._read:,} tokens | eta {left:,.0f} s")

@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from titans_dist.evaluation.harness.tasks import is_harness
 from titans_dist.evaluation.ledger import Row
 from titans_dist.evaluation.measure import POSITIONS
 
@@ -31,11 +32,42 @@ class Line:
     tokens: int
     seconds: float
     peak_bytes: int
+    is_loss: bool = False
+    """Whether less is better."""
 
-    @property
-    def is_loss(self) -> bool:
-        """Whether less is better."""
-        return self.task == POSITIONS
+
+@dataclass(frozen=True)
+class Metric:
+    """What lm-evaluation-harness itself makes of a task."""
+
+    task: str
+    version: str
+    """Of the task, by the harness."""
+    documents: int
+    """How many were read."""
+    of: int
+    """How many there are."""
+    name: str
+    value: float
+    stderr: float | None
+
+
+def metrics(rows: Iterable[Row]) -> list[Metric]:
+    """Of the tasks lm/NAME, as they come."""
+    return [
+        Metric(
+            row.piece.task,
+            str(row.result.detail["task_version"]),
+            row.result.detail["documents"],
+            row.result.detail["of"],
+            name,
+            metric["value"],
+            metric["stderr"],
+        )
+        for row in rows
+        if is_harness(row.piece.task)
+        for name, metric in row.result.detail["metrics"].items()
+    ]
 
 
 def lines(rows: Iterable[Row]) -> list[Line]:
@@ -54,7 +86,8 @@ def lines(rows: Iterable[Row]) -> list[Line]:
 def _line(task: str, length: int, rows: list[Row]) -> Line:
     scores = [score for row in rows for score in row.result.scores]
     mean = statistics.fmean(scores)
-    low, high = _normal(scores) if task == POSITIONS else wilson(mean, len(scores))
+    is_loss = task == POSITIONS or rows[0].result.detail.get("score") == "loss"
+    low, high = _normal(scores) if is_loss else wilson(mean, len(scores))
     return Line(
         task,
         length,
@@ -65,6 +98,7 @@ def _line(task: str, length: int, rows: list[Row]) -> Line:
         tokens=sum(row.result.tokens for row in rows),
         seconds=sum(row.result.seconds for row in rows),
         peak_bytes=max(row.result.peak_bytes for row in rows),
+        is_loss=is_loss,
     )
 
 

@@ -5,9 +5,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from typing import Any
 
 from titans_dist.config import EvaluationConfig
+from titans_dist.config.evaluation import HARNESS
+
+DOCUMENT = 256
+"""Tokens to read for a document of a task without a length, about; for the progress alone."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,10 +21,15 @@ class Piece:
 
     task: str
     length: int
-    """Tokens of the context."""
+    """Tokens of the context; 0 for a task that has no such length, which is one piece."""
     seed: int
     first: int
     count: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens there are to read, about."""
+        return self.count * (self.length or DOCUMENT)
 
     @property
     def key(self) -> str:
@@ -28,6 +38,8 @@ class Piece:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def __str__(self) -> str:
+        if not self.length:
+            return f"{self.task}, at most {self.count:,} documents"
         return f"{self.task} at {self.length:,} tokens, samples {self.first} to {self.first + self.count - 1}"
 
 
@@ -49,11 +61,14 @@ class Result:
 
 
 def pieces(settings: EvaluationConfig, tasks: list[str] | None = None) -> list[Piece]:
-    """All pieces of work, the long ones first: the last to end should be short."""
+    """All pieces of work, whole tasks and the long ones first: the last to end should be short."""
     found = []
     for task in settings.tasks if tasks is None else tasks:
+        if task.startswith(HARNESS):
+            found.append(Piece(task, 0, settings.seed, 0, settings.samples))
+            continue
         for length in settings.lengths:
             for first in range(0, settings.samples, settings.shard):
                 count = min(settings.shard, settings.samples - first)
                 found.append(Piece(task, length, settings.seed, first, count))
-    return sorted(found, key=lambda piece: -piece.length)
+    return sorted(found, key=lambda piece: -(piece.length or math.inf))

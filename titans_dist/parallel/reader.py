@@ -69,6 +69,18 @@ class Reader:
             x, state = self._mixed(part[:-1], state)
             yield self._losses(x, part[1:]), state
 
+    @torch.inference_mode()
+    def likelihood(self, tokens: Tensor, logits: Tensor, state: ModelState) -> tuple[float, bool]:
+        """tokens (T,) int64, T >= 1, after what `read` has returned: their log-likelihood in nats, summed in float64,
+        and whether each of them is the likeliest."""
+        total, is_likeliest = 0.0, True
+        for part, targets in self._predictions(tokens, logits, state):
+            own = targets.to(self.device)
+            chosen = part.log_softmax(-1).gather(-1, own[:, None])
+            total += chosen.double().sum().item()
+            is_likeliest = is_likeliest and bool((part.argmax(-1) == own).all())
+        return total, is_likeliest
+
     def answer(
         self, prompt: Tensor, new_tokens: int, ends: Iterable[int] = (), vocabulary: int | None = None
     ) -> list[int]:
@@ -97,6 +109,16 @@ class Reader:
             if len(found) < new_tokens:
                 logits, state = self.read(torch.tensor([token]), state)
         return found
+
+    def _predictions(self, tokens: Tensor, logits: Tensor, state: ModelState) -> Iterator[tuple[Tensor, Tensor]]:
+        """The logits (t, vocab) of each of the tokens, and those (t,): the first by what came before them."""
+        yield logits[None], tokens[:1]
+        for start in range(0, len(tokens) - 1, self.piece):
+            part = tokens[start : start + self.piece + 1]
+            x, state = self._mixed(part[:-1], state)
+            for first in range(0, x.shape[1], HEAD_PIECE):
+                some = slice(first, first + HEAD_PIECE)
+                yield self._logits(x[:, some])[0], part[1:][some]
 
     def _pieces(self, tokens: Tensor) -> Iterator[Tensor]:
         if len(tokens) == 0:
