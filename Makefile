@@ -19,7 +19,7 @@ evaluate: $(READY)  ## After `make train`: small offline suites on its checkpoin
 	$(BIN)/titans-dist evaluate suite=offline
 
 test: $(READY) $(LINTER) lint  ## Check the code and run the test suite, but for the whole matrix of models and layouts
-	$(BIN)/python -m pytest -n $(TEST_WORKERS) --reruns 1 -m "not matrix" --durations=20
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --no-loadscope-reorder --reruns 1 -m "not matrix" --durations=20
 
 matrix: $(READY)  ## Every model on every layout equals one process: 20 minutes at most
 	$(BIN)/python -m pytest tests/parallel -m matrix
