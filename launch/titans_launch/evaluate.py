@@ -15,8 +15,12 @@ if TYPE_CHECKING:
     from titans_dist.evaluation.summary import Metric
 
 
-def run(config: Config) -> int:
+def run(config: Config, follow: bool = False) -> int:
     """Evaluate, as a worker or as the launcher of workers on this machine; a suite as the driver of Ray's workers."""
+    if follow:
+        from titans_launch import follow as following
+
+        return following.run(config)
     run_dir = Path(config.run_dir)
     if not worker.is_worker():
         if not (run_dir / "checkpoints").is_dir():

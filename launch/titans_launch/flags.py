@@ -12,6 +12,7 @@ _PLAIN = re.compile(r"[\w./:-]+")
 _FOLDER = {"--step": "inspect.step", "--path": "export.path"}
 
 KEYS = {
+    "evaluate": {"--follow": "name"},
     "checkpoint verify": {"--step": "inspect.step"},
     "checkpoint diff": {"--to-step": "inspect.to_step", **_FOLDER},
     "checkpoint export": {"--format": "export.format", **_FOLDER},
@@ -30,17 +31,18 @@ _HYDRAS = ("--cfg", "-c", "--package", "-p", "--config-dir", "-cd", "--config-na
 
 SWITCHES = {
     "submit": {"--dry-run": "dry_run"},
+    "evaluate": {"--follow": "follow"},
     "logs": {"--follow": "follow"},
     "checkpoint convert": {"--read": "read"},
     "checkpoint prune": {"--dry-run": "dry_run"},
     "resume": {"--explain": "explain"},
 }
-"""Command -> flag without a value -> the argument of the command's `run` that it makes true."""
+"""Command -> flag -> the argument of the command's `run` that it makes true; it has a value only if KEYS has it too."""
 
 
 def of(command: str) -> list[str]:
     """The flags of a command."""
-    return [*KEYS.get(command, {}), *SWITCHES.get(command, {})]
+    return list({**KEYS.get(command, {}), **SWITCHES.get(command, {})})
 
 
 def translate(command: str, arguments: list[str]) -> tuple[list[str], dict[str, bool]]:
@@ -50,6 +52,8 @@ def translate(command: str, arguments: list[str]) -> tuple[list[str], dict[str, 
 
     >>> translate("drill", ["--faults", "100", "--seed=1"])
     (['drill.faults=100', 'drill.seed=1'], {})
+    >>> translate("evaluate", ["--follow", "mine"])
+    (['name=mine'], {'follow': True})
     """
     keys, switches = KEYS.get(command, {}), SWITCHES.get(command, {})
     found: list[str] = []
@@ -57,13 +61,14 @@ def translate(command: str, arguments: list[str]) -> tuple[list[str], dict[str, 
     rest = iter(arguments)
     for argument in rest:
         flag, equals, value = argument.partition("=")
+        if flag in switches and (flag in keys or not equals):
+            given[switches[flag]] = True
         if flag in keys:
             value = value if equals else _value(flag, keys[flag], rest)
             found.append(f"{keys[flag]}={value if _PLAIN.fullmatch(value) else quote(value)}")
         elif flag in switches:
             if equals:
                 raise ValueError(f"{argument} has a value, but {flag} takes none; write {flag} alone")
-            given[switches[flag]] = True
         elif flag in _HYDRAS and not equals:
             found += [argument, *itertools.islice(rest, 1)]
         elif command in NAMED and "=" not in argument and not argument.startswith("-"):

@@ -261,17 +261,21 @@ Examples:
 
 Results: the checkpoint in runs/<name>/checkpoints/.""",
     "evaluate": """\
-titans-dist evaluate [KEY=VALUE ...]
+titans-dist evaluate [--follow RUN] [KEY=VALUE ...]
 
 Reads the held-out text once with the newest checkpoint of a run: loss, bits per byte, perplexity. Give the same
-overrides as to `train`, so that it is the same run.
+overrides as to `train`, so that it is the same run. With a suite, measures its tasks by Ray workers instead.
+
+--follow measures every checkpoint of a run while it is trained; the run's own configuration is read from its folder.
+It ends when the run is done, keeps to a share of the time (evaluation.follow.budget), and goes on where it was.
 
 Examples:
   titans-dist evaluate
   titans-dist evaluate name=mine parallel=single
   titans-dist evaluate name=mine evaluation.max_sequences=64
+  titans-dist evaluate --follow mine suite=offline +evaluation.follow.every.positions=4
 
-Results: runs/<name>/reports/heldout.json.""",
+Results: in runs/<name>/, reports/heldout.json; of a suite reports/evaluation.sqlite; of --follow evaluation.jsonl.""",
     "submit": """\
 titans-dist submit [--dry-run] [--command COMMAND] [--chain N] [KEY=VALUE ...]
 

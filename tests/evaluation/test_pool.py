@@ -144,3 +144,9 @@ def test_a_cluster_that_is_not_there_is_one_sentence(folder: Path) -> None:
 def test_a_cluster_without_gpus_is_one_sentence(folder: Path) -> None:
     with pytest.raises(UserError, match="Ray has 0 GPUs, and one worker needs 1"):
         Pool(config(folder, gpus=1.0), 1)
+
+
+def test_a_sigterm_is_handled_as_before(folder: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with Pool(config(folder), 1):
+        assert signal.getsignal(signal.SIGTERM) is before

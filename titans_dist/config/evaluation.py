@@ -15,9 +15,11 @@ class FollowConfig:
     """What `evaluate --follow` measures of the checkpoints of a run that is being trained."""
 
     every: dict[str, int] = field(default_factory=dict)
-    """Task -> measure it at every so many checkpoints, >= 1. Those that are not named: at each."""
+    """Task -> measure it at every so many checkpoints, >= 1. Those that are not named: at each. The last: all."""
     budget: float = 0.2
-    """Share of the time since the run was first looked at that may go into measuring, 0 < x <= 1."""
+    """Share of the follower's time that may go into measuring while the run is trained, 0 < x <= 1."""
+    nice: int = 10
+    """How far the follower and the Ray that it starts stand back where training wants the same CPU cores, 0 to 19."""
     poll_s: float = 10.0
     """Seconds between two looks for a new checkpoint, > 0."""
     patience_s: float = 3600.0

@@ -152,8 +152,10 @@ def _evaluation(evaluation: EvaluationConfig) -> None:
     for key in ("budget", "poll_s", "patience_s"):
         positive(f"evaluation.follow.{key}", getattr(follow, key))
     between("evaluation.follow.budget", follow.budget, 0, 1)
+    between("evaluation.follow.nice", follow.nice, 0, 19)
     for task, every in follow.every.items():
         at_least(f"evaluation.follow.every.{task}", every, 1)
+        one_of("evaluation.follow.every", task, tuple(evaluation.tasks))
     if any(not task.startswith(HARNESS) for task in evaluation.tasks) and not evaluation.lengths:
         raise ConfigError("evaluation.tasks needs lengths of the context; add evaluation.lengths=[2048,4096]")
 

@@ -94,8 +94,8 @@ class Ledger:
         """All results, or those of the checkpoints of some steps, in the order in which they were written."""
         wanted = None if steps is None else set(steps)
         with self._open() as connection:
-            found = [_row(values) for values in connection.execute("SELECT * FROM results ORDER BY time, piece")]
-        return [row for row in found if wanted is None or row.measured.step in wanted]
+            found = connection.execute("SELECT * FROM results ORDER BY time, piece")
+            return [_row(values) for values in found if wanted is None or values[1] in wanted]
 
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:

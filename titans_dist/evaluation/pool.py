@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import signal
 import socket
 import time
 from collections import deque
@@ -198,6 +199,7 @@ def connect(config: Config) -> Any:
         "object_store_memory": OBJECT_STORE_BYTES,
         "include_dashboard": False,
     }
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         _probe(address)
         ray.init(
@@ -210,6 +212,7 @@ def connect(config: Config) -> Any:
     except (ConnectionError, OSError, ValueError, RuntimeError, TimeoutError) as error:
         where = f"at {address} " if address else ""
         raise UserError(f"Ray {where}cannot be reached ({' '.join(str(error).split())[:200]})") from None
+    signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own would end the process as if something had failed
     there = ray.cluster_resources()
     for name, wanted in (("CPU", settings.cpus), ("GPU", settings.gpus)):
         if wanted * settings.tensor > there.get(name, 0):

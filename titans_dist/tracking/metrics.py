@@ -82,8 +82,13 @@ class MetricsFile:
 
 def read_metrics(path: Path | str) -> list[dict[str, Any]]:
     """The rows of metrics.jsonl in the order they were written; lines torn by a kill are skipped."""
+    return parse(Path(path).read_bytes())
+
+
+def parse(text: bytes) -> list[dict[str, Any]]:
+    """The rows of such a text."""
     rows = []
-    for line in Path(path).read_bytes().split(b"\n"):
+    for line in text.split(b"\n"):
         try:
             row = json.loads(line)
         except ValueError:  # torn, or an empty line

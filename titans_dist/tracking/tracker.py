@@ -8,6 +8,7 @@ from typing import Any
 
 from titans_dist.config import Config
 from titans_dist.tracking.console import Console, warn
+from titans_dist.tracking.evaluations import Evaluations, for_wandb
 from titans_dist.tracking.metrics import MetricsFile, StepRow
 from titans_dist.tracking.wandb_sink import WandbSink
 
@@ -26,6 +27,7 @@ class Tracker:
         self._metrics_warned = False
         self._console = Console(config.training.steps, config.training.log_interval)
         self._wandb = WandbSink(run_dir, config, wandb_id) if config.tracking.wandb else None
+        self._evaluations = Evaluations(run_dir)
         self._step = resumed_step or 0
         self._tokens = 0
         self._wandb_id = wandb_id
@@ -45,6 +47,7 @@ class Tracker:
         self._console.step(row)
         if self._wandb is not None:
             self._wandb.log({key if key in ("step", "tokens") else f"train/{key}": fields[key] for key in fields})
+            self._pass_on_evaluations(self._wandb)
 
     def memories(self, step: int, layers: dict[str, dict[str, Any]]) -> None:
         """Record how the neural memories were doing in `step`: what `titans_dist.layers.telemetry` found, by layer."""
@@ -72,7 +75,13 @@ class Tracker:
         """Close the files and finish the upload."""
         self._metrics.close()
         if self._wandb is not None:
+            self._pass_on_evaluations(self._wandb)
             self._wandb.close()
+
+    def _pass_on_evaluations(self, wandb: WandbSink) -> None:
+        """Send what a follower has measured since, for it may not write to the same wandb run at the same time."""
+        for row in self._evaluations.new():
+            wandb.log(for_wandb(row))
 
     def _write(self, kind: str, step: int, fields: dict[str, Any]) -> None:
         try:
