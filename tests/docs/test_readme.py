@@ -71,6 +71,7 @@ def test_the_readme_has_the_two_commands_and_the_examples() -> None:
     assert [line for line in commands() if line.startswith("make")] == [
         "make train",
         "make test",
+        "make evaluate",
         "make matrix",
         "make recall",
     ]
