@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
 
         return completion.main([command, *arguments])
     wants_help = any(argument in ("--help", "-h") for argument in arguments)
-    if command in help.families() and (wants_help or not arguments):
+    if command in help.families() and command not in help.COMMANDS and (wants_help or not arguments):
         print(help.of_family(command), file=sys.stdout if wants_help else sys.stderr)
         return 0 if wants_help else 2
     if command not in help.COMMANDS:

@@ -16,7 +16,12 @@ def main(arguments: list[str]) -> int:
         line = os.environ.get("COMP_LINE", "")
         command = re.match(r"\s*\S+\s+(\S*)", line)
         if command and command[1] in help.families() and command.end() < len(line):
-            command = re.match(r"\s*\S+\s+(\S+\s+\S*)", line)
+            two = re.match(r"\s*\S+\s+(\S+\s+\S*)", line)
+            # `evaluate` is a command by itself: what follows may be a key as well as `ls`.
+            if command[1] not in help.COMMANDS or any(
+                name.startswith(" ".join(two[1].split()) + " " * two[1][-1:].isspace()) for name in help.COMMANDS
+            ):
+                command = two
         typed = re.sub(r"\s+", " ", command[1]) if command else ""
         if command is None or command.end() == len(line):
             place = typed.count(" ")

@@ -14,7 +14,9 @@ COMMANDS = {
     "data plan": "list the samples of steps, and what is drawn of each dataset",
     "train": "train a model, or resume the run of the same name",
     "resume": "train on from a run's newest checkpoint, or say what that would be",
-    "evaluate": "measure a run's newest checkpoint on the held-out text",
+    "evaluate": "measure a run's newest checkpoint on the held-out text, or on the tasks of a suite",
+    "evaluate ls": "list what was measured of a run",
+    "evaluate report": "write the report of what was measured anew",
     "submit": "hand a job to Slurm, to Kubernetes or to the background of this machine",
     "status": "what the scheduler says of a submitted run, and what the run says itself",
     "logs": "print what the job of a submitted run has printed",
@@ -275,7 +277,32 @@ Examples:
   titans-dist evaluate name=mine evaluation.max_sequences=64
   titans-dist evaluate --follow mine suite=offline +evaluation.follow.every.positions=4
 
-Results: in runs/<name>/, reports/heldout.json; of a suite reports/evaluation.sqlite; of --follow evaluation.jsonl.""",
+Results: in runs/<name>/, reports/heldout.json; of a suite reports/evaluation.html; of --follow evaluation.jsonl.""",
+    "evaluate ls": """\
+titans-dist evaluate ls [KEY=VALUE ...]
+
+Lists what was measured of a run, by checkpoint, task and length of the context: score, 95% interval, number and seeds
+of the samples. Measures nothing. evaluation.tasks, evaluation.lengths, evaluation.step or a suite restrict the list.
+
+Examples:
+  titans-dist evaluate ls name=mine
+  titans-dist evaluate ls name=mine suite=ruler
+  titans-dist evaluate ls name=mine 'evaluation.tasks=[passkey]' 'evaluation.lengths=[2048]'
+
+Results: a table.""",
+    "evaluate report": """\
+titans-dist evaluate report [KEY=VALUE ...]
+
+Writes the report of all that was measured of a run, without measuring: accuracy by length and depth, loss by position,
+curves over training, beside the runs that evaluation.control names and the papers' rows, which are marked as theirs.
+It opens without a network. A suite writes it at its end as well.
+
+Examples:
+  titans-dist evaluate report name=mine
+  titans-dist evaluate report name=mine 'evaluation.control=[swa,other]'
+  titans-dist evaluate report name=mine evaluation.step=400
+
+Results: evaluation.html, evaluation.csv and PNG files in runs/<name>/reports/.""",
     "submit": """\
 titans-dist submit [--dry-run] [--command COMMAND] [--chain N] [KEY=VALUE ...]
 
@@ -445,7 +472,8 @@ def split(arguments: list[str]) -> tuple[str, list[str]]:
     """The command that a command line begins with, of one word or two, and what follows it."""
     words = 1
     if arguments[0] in families() and len(arguments) > 1 and not arguments[1].startswith("-"):
-        words = 2
+        # `evaluate name=mine` is a command by itself.
+        words = 1 if arguments[0] in COMMANDS and "=" in arguments[1] else 2
     return " ".join(arguments[:words]), arguments[words:]
 
 

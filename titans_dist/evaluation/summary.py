@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import json
 import math
 import statistics
 from collections import defaultdict
@@ -32,6 +35,9 @@ class Line:
     tokens: int
     seconds: float
     peak_bytes: int
+    seeds: tuple[int, ...]
+    samples: str
+    """Digest of all samples: two lines are comparable where it is the same."""
     is_loss: bool = False
     """Whether less is better."""
 
@@ -70,8 +76,38 @@ def metrics(rows: Iterable[Row]) -> list[Metric]:
     ]
 
 
+def once(rows: Iterable[Row]) -> list[Row]:
+    """The rows without the samples that a larger one has: suites overlap where they cut the same task apart otherwise.
+
+    Stretches of a text and the documents of a task without a length are the same whatever the seed.
+    """
+    rows = list(rows)
+    seen: set[tuple[str, str, int, int, int]] = set()
+    found: dict[int, Row] = {}
+    for number in sorted(range(len(rows)), key=lambda number: -len(rows[number].result.scores)):
+        piece, count = rows[number].piece, len(rows[number].result.scores)
+        seed = piece.seed if piece.length and piece.task != POSITIONS else 0
+        head = rows[number].measured.checkpoint, piece.task, piece.length, seed
+        new = [i for i in range(count) if (*head, piece.first + i) not in seen]
+        seen.update((*head, piece.first + i) for i in new)
+        if new:
+            found[number] = rows[number] if len(new) == count else _only(rows[number], new)
+    return [found[number] for number in sorted(found)]
+
+
+def _only(row: Row, which: list[int]) -> Row:
+    """The row with some of its samples. Tokens and seconds stay those of all, as they were measured."""
+    count = len(row.result.scores)
+    detail = {
+        name: [value[i] for i in which] if isinstance(value, list) and len(value) == count else value
+        for name, value in row.result.detail.items()
+    }
+    result = dataclasses.replace(row.result, scores=[row.result.scores[i] for i in which], detail=detail)
+    return dataclasses.replace(row, result=result)
+
+
 def lines(rows: Iterable[Row]) -> list[Line]:
-    """In the order in which tasks come first, the short lengths first."""
+    """Of rows of one checkpoint, in the order in which tasks come first, the short lengths first."""
     found: dict[tuple[str, int], list[Row]] = defaultdict(list)
     for row in rows:
         found[row.piece.task, row.piece.length].append(row)
@@ -98,8 +134,20 @@ def _line(task: str, length: int, rows: list[Row]) -> Line:
         tokens=sum(row.result.tokens for row in rows),
         seconds=sum(row.result.seconds for row in rows),
         peak_bytes=max(row.result.peak_bytes for row in rows),
+        seeds=tuple(sorted({row.piece.seed for row in rows})),
+        samples=_digest(rows),
         is_loss=is_loss,
     )
+
+
+def _digest(rows: list[Row]) -> str:
+    parts = sorted({(row.piece.first, len(row.result.scores), row.result.samples) for row in rows})
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def perplexity(loss: float) -> float:
+    """Of a loss in nats per token."""
+    return math.exp(min(loss, 700))
 
 
 def wilson(share: float, count: int) -> tuple[float, float]:

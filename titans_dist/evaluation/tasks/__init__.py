@@ -22,9 +22,10 @@ from titans_dist.evaluation.tasks.needles import NEEDLE_TASKS
 from titans_dist.evaluation.tasks.passkey import Passkey
 from titans_dist.evaluation.tasks.recall import Recall
 from titans_dist.evaluation.tasks.sample import Sample, Task, TaskDoesNotFit, digest
+from titans_dist.evaluation.tasks.strings import About, about
 from titans_dist.evaluation.tasks.text import Text, load_text
 
-__all__ = ["Sample", "Task", "TaskDoesNotFit", "Text", "digest", "load_text", "tasks"]
+__all__ = ["About", "Sample", "Task", "TaskDoesNotFit", "Text", "about", "digest", "load_text", "tasks"]
 
 
 def tasks(babi: str | Path | None = None) -> dict[str, Task]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ from titans_launch import local, tables, worker
 from titans_launch.checkpoint import opened
 
 if TYPE_CHECKING:
-    from titans_dist.evaluation.summary import Metric
+    from titans_dist.evaluation.summary import Line, Metric
 
 
 def run(config: Config, follow: bool = False) -> int:
@@ -39,25 +40,23 @@ def run(config: Config, follow: bool = False) -> int:
 
 
 def suite(config: Config) -> int:
-    """Measure what is missing of a suite, and show all of it."""
+    """Measure what is missing of a suite, show all of it, and write the report."""
+    from titans_dist.evaluation import report
     from titans_dist.evaluation.driver import measure
     from titans_dist.evaluation.summary import lines, metrics
 
+    report.others(config)  # raises for what would be missed after the work is done
     rows = measure(config, lambda line: print(line, flush=True))
     table = Table(title=f"{config.name} at step {rows[0].measured.step:,}" if rows else "nothing", title_justify="left")
-    for name in ("task", "tokens of context", "samples", "score", "95 % interval", "tokens/s", "peak memory"):
+    for name in ("task", "tokens of context", "samples", "score", "95% interval", "tokens/s", "peak memory"):
         table.add_column(name, justify="left" if name == "task" else "right")
     for line in lines(rows):
-        score, low, high = (
-            (f"{x:.3f}" for x in (line.mean, line.low, line.high))
-            if line.is_loss
-            else (f"{x:.1%}" for x in (line.mean, line.low, line.high))
-        )
         peak, speed = opened.size(line.peak_bytes), line.tokens / line.seconds
         length = f"{line.length:,}" if line.length else "-"
-        table.add_row(line.task, length, str(line.count), score, f"{low} .. {high}", f"{speed:,.0f}", peak)
+        table.add_row(line.task, length, str(line.count), *score(line), f"{speed:,.0f}", peak)
     tables.console().print(table)
     of_harness(metrics(rows))
+    write_report(config)
     return 0
 
 
@@ -73,6 +72,21 @@ def of_harness(found: list[Metric]) -> None:
         documents = f"{one.documents:,} of {one.of:,}"
         table.add_row(one.task, one.version, documents, one.name, f"{one.value:.4f}", stderr)
     tables.console().print(table)
+
+
+def score(line: Line) -> tuple[str, str]:
+    """A score and its interval."""
+    form = ".3f" if line.is_loss else ".1%"
+    return f"{line.mean:{form}}", f"{line.low:{form}} .. {line.high:{form}}"
+
+
+def write_report(config: Config) -> None:
+    """Write the report of all that was measured, and say where it lies."""
+    from titans_dist.evaluation import report
+
+    path = report.write(config)
+    without = "" if find_spec("matplotlib") else "; no pictures without matplotlib: install titans-dist[plot]"
+    print(f"report: {tables.place(path)}{without}")
 
 
 def show(result: dict[str, Any], run_dir: Path) -> None:
