@@ -17,10 +17,9 @@ def main(arguments: list[str]) -> int:
         command = re.match(r"\s*\S+\s+(\S*)", line)
         if command and command[1] in help.families() and command.end() < len(line):
             two = re.match(r"\s*\S+\s+(\S+\s+\S*)", line)
-            # `evaluate` is a command by itself: what follows may be a key as well as `ls`.
-            if command[1] not in help.COMMANDS or any(
-                name.startswith(" ".join(two[1].split()) + " " * two[1][-1:].isspace()) for name in help.COMMANDS
-            ):
+            begun = re.sub(r"\s+", " ", two[1]) if two else ""
+            # `evaluate` is a command by itself too: what follows it may be a key.
+            if command[1] not in help.COMMANDS or any(name.startswith(begun) for name in help.COMMANDS):
                 command = two
         typed = re.sub(r"\s+", " ", command[1]) if command else ""
         if command is None or command.end() == len(line):

@@ -110,6 +110,8 @@ def test_what_is_measured_is_not_measured_again(home: Path, measured: list[Row])
     assert again.returncode == 0, again.stderr
     assert "step 4: 0 of 12 pieces are to be measured" in again.stdout
     assert rows(home) == measured
+    assert again.stdout.endswith("report: runs/run/reports/evaluation.html\n")
+    assert "Evaluation of run" in (home / "runs" / "run" / "reports" / "evaluation.html").read_text()
     for task in TASKS:
         assert task in again.stdout
 

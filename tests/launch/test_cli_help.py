@@ -69,6 +69,7 @@ def test_version_is_the_library_s(cli: Cli) -> None:
         ("verify", "titans-dist: unknown command verify; did you mean data verify?\n"),
         ("data shw", "titans-dist: unknown command data shw; did you mean data show?\n"),
         ("data model=3m", "titans-dist: model=3m comes before the command; write titans-dist data COMMAND model=3m"),
+        ("evaluate lss", "titans-dist: unknown command evaluate lss; did you mean evaluate ls?\n"),
         ("data xyzzy", "titans-dist: unknown command data xyzzy; choose one of data ls, data show"),
     ],
 )
@@ -90,6 +91,14 @@ def test_the_first_word_of_two_shows_what_may_follow(capsys: pytest.CaptureFixtu
     ]
     assert main(["data"]) == 2
     assert capsys.readouterr().err == overview
+
+
+@pytest.mark.parametrize(
+    ("line", "command"),
+    [("evaluate", "evaluate"), ("evaluate name=mine", "evaluate"), ("evaluate ls name=mine", "evaluate ls")],
+)
+def test_a_command_may_be_the_first_word_of_others_too(line: str, command: str) -> None:
+    assert help.split(line.split())[0] == command
 
 
 def test_no_command_shows_the_overview_and_is_a_mistake(cli: Cli) -> None:

@@ -26,6 +26,10 @@ EXPECTED = {
     "titans-dist ": "quickstart prepare data train resume evaluate submit status logs cancel requeue "
     "checkpoint conformance parallel-check doctor drill info",
     "titans-dist ev": "evaluate",
+    "titans-dist evaluate ": "ls report",
+    "titans-dist evaluate l": "ls",
+    "titans-dist evaluate suite=ru": "suite=ruler",
+    "titans-dist evaluate ls suite=ru": "suite=ruler",
     "titans-dist train model=1": "model=170m model=1b3",
     "titans-dist train model=3m training.st": "training.steps=",
     "titans-dist train variant=ma": "variant=mac variant=mag variant=mal variant=mamba2",

@@ -8,7 +8,7 @@ from titans_dist.config import Config
 from titans_launch import tables
 from titans_launch.evaluate import score
 
-COLUMNS = ("step", "trained on", "task", "context", "samples", "score", "95 % interval", "seeds")
+COLUMNS = ("step", "trained on", "task", "context", "samples", "score", "95% interval", "seeds")
 
 
 def run(config: Config) -> None:
@@ -22,22 +22,25 @@ def run(config: Config) -> None:
     table = Table(title=f"results of {config.name}", title_justify="left")
     for name in COLUMNS:
         table.add_column(name, justify="left" if name == "task" else "right")
-    for task in results.tasks:
-        if wanted.tasks and task not in wanted.tasks:
-            continue
-        for measured, rows in results.checkpoints(task).items():
-            for line in lines(rows):
-                is_wanted = not line.length or not wanted.lengths or line.length in wanted.lengths
-                if is_wanted and wanted.step in (None, measured.step):
-                    table.add_row(
-                        f"{measured.step:,}",
-                        f"{measured.trained_tokens:,}",
-                        task,
-                        f"{line.length:,}" if line.length else "-",
-                        f"{line.count:,}",
-                        *score(line),
-                        ", ".join(map(str, line.seeds)),
-                    )
+    found = [
+        (measured, line)
+        for task in results.tasks
+        for measured, rows in results.checkpoints(task).items()
+        for line in lines(rows)
+        if wanted.step in (None, measured.step)
+        and (not wanted.tasks or task in wanted.tasks)
+        and (not line.length or not wanted.lengths or line.length in wanted.lengths)
+    ]
+    for measured, line in sorted(found, key=lambda each: each[0].step):
+        table.add_row(
+            f"{measured.step:,}",
+            f"{measured.trained_tokens:,}",
+            line.task,
+            f"{line.length:,}" if line.length else "-",
+            f"{line.count:,}",
+            *score(line),
+            ", ".join(map(str, line.seeds)),
+        )
     if table.row_count:
         tables.console().print(table)
     else:

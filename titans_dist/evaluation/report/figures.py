@@ -13,7 +13,7 @@ from titans_dist.evaluation.report.runs import Depth, Results, by_depth, by_posi
 from titans_dist.evaluation.summary import Line, lines
 from titans_dist.evaluation.tasks import about
 
-STYLE = {
+STYLE: dict[Any, Any] = {
     "axes.grid": True,
     "axes.axisbelow": True,
     "axes.edgecolor": "#888888",
@@ -76,7 +76,7 @@ def positions(runs: Sequence[Results], path: Path) -> str:
             found = by_position(rows, length)
             label = f"{run.name}, {_tokens(length)}"
             axes.plot([max(begin, 0.5) for begin in found], list(found.values()), label=label, **_look(number, run))
-            first, last = list(found)[0], list(found)[-1]
+            first, last = min(found), max(found)
             words.append(
                 f"{run.name}: {found[first]:.2f} nats at position {first:,}, {found[last]:.2f} from {last:,} on."
             )
@@ -97,13 +97,15 @@ def depths(runs: Sequence[Results], task: str, path: Path) -> str | None:
         return None
     all_lengths = sorted({depth.length for _, found in maps for depth in found})
     width = max(0.62 * len(all_lengths), 2.2)
-    with _figure(path, len(maps) * (width + 0.1) + 1.1, 0.42 * bins + 1.2, panels=len(maps)) as panels:
+    with _figure(path, max(len(maps) * (width + 0.1) + 1.1, 5.5), 0.42 * bins + 1.2, panels=len(maps)) as panels:
         for axes, (run, found) in zip(panels, maps, strict=True):
             _heat(axes, found, all_lengths, bins)
             axes.set_title(_short(run.name, round(11 * width)), fontweight="normal")
             axes.tick_params(labelleft=axes is panels[0])
         panels[0].set_ylabel("depth of the answer")
-        panels[0].figure.suptitle("right answers in %, and of how many, by depth of the answer", **SUPTITLE)
+        panels[0].figure.suptitle(
+            "right answers in %, and of how many, by depth of the answer (gray: not measured)", **SUPTITLE
+        )
     worst = [min(found, key=lambda depth: depth.mean) for _, found in maps]
     words = [
         f"{run.name}: least {depth.mean:.0%}, at {depth.length:,} tokens and a depth of {depth.begin:.0%} to "

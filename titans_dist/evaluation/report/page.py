@@ -144,9 +144,9 @@ def positions(runs: Sequence[Results], pictures: list[Picture]) -> Section:
     )
     columns = []
     for run in runs:
-        rows = run.chosen(POSITIONS)
-        length = max((row.piece.length for row in rows), default=0)
-        columns.append((f"{run.name}, {length:,}" if length else run.name, by_position(rows, length)))
+        length = max(run.lines(POSITIONS), default=0)
+        name = f"{run.name}, {length:,}" if length else run.name
+        columns.append((name, by_position(run.chosen(POSITIONS), length)))
     begins = sorted({begin for _, column in columns for begin in column})
     rows = [
         TableRow(
@@ -304,12 +304,13 @@ def _notes(runs: Sequence[Results]) -> list[str]:
     notes = [
         "Tokens are counted with the model's own tokenizer, those of prompt and answer together. Nothing is ever cut "
         "off: what does not fit into a length is refused.",
-        "Intervals are of 95 %: Wilson's for shares of right answers, of losses by the spread over stretches of text.",
+        "Intervals are of 95%: Wilson's for shares of right answers, of losses by the spread over stretches of text.",
         "Chance is how often one is right who knows the task, has not read the context, and guesses.",
         "Depth is where that begins which the answer rests on: the share of the prompt's tokens before it; where there "
         "are several places, the first counts.",
         "Two results of a task are comparable where the digests of their samples are the same; the digest is of the "
-        "questions themselves, their seeds, and how they were shared out.",
+        "questions themselves, and of how they were shared out.",
+        "Peak memory is the largest that the worker had had when the task was done, with all that came before it.",
     ]
     differ = [
         f"{run.name} in {task} at {line.length:,}"

@@ -14,19 +14,9 @@ from titans_dist.evaluation.report.runs import Results, by_depth, by_position, d
 from titans_dist.evaluation.summary import Line, lines
 
 COLUMNS = (
-    "source",
-    "run",
-    "model",
-    "step",
-    "trained_tokens",
-    "checkpoint",
-    "task",
-    "length",
-    "part",
-    "metric",
-    "value",
+    *("source", "run", "model", "step", "trained_tokens", "checkpoint", "task", "length", "part", "metric", "value"),
+    *("low", "high", "count", "seeds", "samples", "tokens", "seconds", "peak_bytes", "comparable"),
 )
-COLUMNS += ("low", "high", "count", "seeds", "samples", "tokens", "seconds", "peak_bytes", "comparable")
 WHOLE = "whole"
 
 
