@@ -287,11 +287,14 @@ def test_the_headline_of_babilong_is_the_mean_of_all_five(tmp_path: Path) -> Non
 
 def test_tasks_without_a_length_are_told_by_their_own_metrics(tmp_path: Path) -> None:
     metrics = {"acc": {"value": 0.6666, "stderr": 0.27}, "acc_norm": {"value": 0.3333, "stderr": None}}
-    add(tmp_path, "mine", LATE, "lm/piqa", 0, [1.0, 0.0, 1.0], metrics=metrics)
+    detail = {"task_version": 1.0, "documents": 3, "of": 1838, "score": "acc"}
+    add(tmp_path, "mine", LATE, "lm/piqa", 0, [1.0, 0.0, 1.0], metrics=metrics, **detail)
+    # The first documents of the same task once more are no others.
+    add(tmp_path, "mine", LATE, "lm/piqa", 0, [1.0], seed=1, metrics={"acc": {"value": 1.0, "stderr": None}}, **detail)
     page = Page(report.write(config(tmp_path)).read_text())
     assert page.named("lm/piqa acc") == [
-        ["lm/piqa acc", "0.6666 ± 0.2700, n 3"],
-        ["lm/piqa acc_norm", "0.3333 n 3"],
+        ["lm/piqa acc", "0.6666 ± 0.2700, n 3 of 1,838"],
+        ["lm/piqa acc_norm", "0.3333 n 3 of 1,838"],
     ]
     assert page.named("Titans MAG, 340M", "theirs") == [["Titans MAG, 340M publisheda", "25.07", "28.72", "47.5%"]]
 

@@ -15,7 +15,7 @@ from titans_dist.evaluation.measure import POSITIONS
 from titans_dist.evaluation.report import published
 from titans_dist.evaluation.report.runs import Results, by_position
 from titans_dist.evaluation.report.table import comparable
-from titans_dist.evaluation.summary import Line, lines, perplexity
+from titans_dist.evaluation.summary import Line, lines, metrics, perplexity
 from titans_dist.evaluation.tasks import about
 
 NOT_MEASURED = "not measured"
@@ -190,16 +190,11 @@ def language(runs: Sequence[Results], tasks: Sequence[str]) -> Section:
 
 
 def _metrics(run: Results, task: str) -> dict[str, tuple[str, str]]:
-    """What the harness makes of a task: value, and with it standard error and documents; else the score."""
-    rows = run.chosen(task)
+    """What the harness makes of a task: metric -> its value, and its standard error and the documents."""
     found = {}
-    for row in rows:
-        documents = f"n {len(row.result.scores):,}"
-        for name, metric in row.result.detail.get("metrics", {}).items():
-            error = "" if metric["stderr"] is None else f"± {metric['stderr']:.4f}, "
-            found[name] = f"{metric['value']:.4f}", error + documents
-    if rows and not found:
-        found["score"] = (cell := _cell(run.lines(task)[0], run, run)).value or "", cell.under
+    for one in metrics(run.chosen(task)):
+        error = "" if one.stderr is None else f"± {one.stderr:.4f}, "
+        found[one.name] = f"{one.value:.4f}", f"{error}n {one.documents:,} of {one.of:,}"
     return found
 
 
