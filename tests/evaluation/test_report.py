@@ -10,11 +10,13 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from titans_dist.config import Config, EvaluationConfig, UserError
 from titans_dist.evaluation import report
 from titans_dist.evaluation.ledger import FILE, Ledger, Measured
+from titans_dist.evaluation.summary import T
 from titans_dist.evaluation.tasks import about, tasks
 from titans_dist.evaluation.tasks.strings import strings, words
 from titans_dist.evaluation.work import Piece, Result
@@ -151,9 +153,22 @@ def test_loss_by_position_is_the_mean_over_tokens(home: Path, page: Page) -> Non
     wanted = {"position 0": 2.0, "position 1": 3.0, "position 2": 3.5, "position 4": 2.5}
     for part, loss in wanted.items():
         assert numbers(home, task="positions", part=part) == [loss]
-    assert page.named("4 to 7") == [["4 to 7", f"2.500 / {math.exp(2.5):.1f}", "not measured", "not measured"]]
+    assert page.named("4 to ") == [["4 to 5", f"2.500 / {math.exp(2.5):.1f}", "not measured", "not measured"]]
     (row,) = [row for row in page.named("mine", "own") if "perplexity" in row[1]]
     assert row[1].startswith("2.833 ") and row[1].endswith(f"n 2, perplexity {math.exp(17 / 6):.1f}")
+
+
+def test_the_interval_of_a_loss_is_students(home: Path) -> None:
+    (row,) = [row for row in table(home) if row["task"] == "positions" and row["part"] == "whole"]
+    error = (21 / 6 - 13 / 6) / math.sqrt(2) / math.sqrt(2)  # the spread of two values over the root of their number
+    assert float(row["high"]) - 17 / 6 == pytest.approx(17 / 6 - float(row["low"]))
+    quantile = (float(row["high"]) - 17 / 6) / error
+    assert quantile == pytest.approx(math.tan(math.pi * 0.475), rel=1e-4)  # of one degree of freedom: Cauchy's
+    for degrees, wanted in enumerate(T, 1):  # 95 % of the density lie within
+        t = np.linspace(0, wanted, 20001)
+        density = (1 + t**2 / degrees) ** (-(degrees + 1) / 2) * math.gamma((degrees + 1) / 2)
+        density /= math.sqrt(degrees * math.pi) * math.gamma(degrees / 2)
+        assert 2 * np.trapezoid(density, t) == pytest.approx(0.95, abs=1e-4)
 
 
 def test_a_cell_is_a_score_with_its_interval_or_says_that_there_is_none(page: Page) -> None:
@@ -261,7 +276,7 @@ def test_without_matplotlib_there_are_the_tables(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(report, "find_spec", lambda name: None)
     page = Page(report.write(config(tmp_path)).read_text())
     assert not [tag for tag, _ in page.elements if tag == "img"]
-    assert page.named("Titans MAG", "theirs") and page.named("4 to 7")
+    assert page.named("Titans MAG", "theirs") and page.named("4 to 5")
 
 
 def test_a_sample_counts_once_however_the_suites_have_cut_the_task(tmp_path: Path) -> None:

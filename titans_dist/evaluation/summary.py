@@ -17,6 +17,11 @@ from titans_dist.evaluation.measure import POSITIONS
 
 Z = statistics.NormalDist().inv_cdf(0.975)
 """Standard errors on each side of a 95 % interval."""
+T = (
+    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131),
+    *(2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
+)
+"""The same where the spread is of only two values, of three and so on: Student's quantiles."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +128,7 @@ def _line(task: str, length: int, rows: list[Row]) -> Line:
     scores = [score for row in rows for score in row.result.scores]
     mean = statistics.fmean(scores)
     is_loss = task == POSITIONS or rows[0].result.detail.get("score") == "loss"
-    low, high = _normal(scores) if is_loss else wilson(mean, len(scores))
+    low, high = _student(scores) if is_loss else wilson(mean, len(scores))
     return Line(
         task,
         length,
@@ -161,9 +166,10 @@ def wilson(share: float, count: int) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def _normal(values: list[float]) -> tuple[float, float]:
-    mean = statistics.fmean(values)
-    if len(values) < 2:
+def _student(values: list[float]) -> tuple[float, float]:
+    """The 95 % interval of a mean by the spread of a few values."""
+    mean, count = statistics.fmean(values), len(values)
+    if count < 2:
         return -math.inf, math.inf
-    half = Z * statistics.stdev(values) / math.sqrt(len(values))
+    half = (T[count - 2] if count - 2 < len(T) else Z) * statistics.stdev(values) / math.sqrt(count)
     return mean - half, mean + half

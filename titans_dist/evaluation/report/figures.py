@@ -103,9 +103,7 @@ def depths(runs: Sequence[Results], task: str, path: Path) -> str | None:
             axes.set_title(_short(run.name, round(11 * width)), fontweight="normal")
             axes.tick_params(labelleft=axes is panels[0])
         panels[0].set_ylabel("depth of the answer")
-        panels[0].figure.suptitle(
-            "right answers in %, and of how many, by depth of the answer (gray: not measured)", **SUPTITLE
-        )
+        panels[0].figure.suptitle("right answers in %, and of how many, by depth (gray: none)", **SUPTITLE)
     worst = [min(found, key=lambda depth: depth.mean) for _, found in maps]
     words = [
         f"{run.name}: least {depth.mean:.0%}, at {depth.length:,} tokens and a depth of {depth.begin:.0%} to "

@@ -143,6 +143,7 @@ def positions(runs: Sequence[Results], pictures: list[Picture]) -> Section:
         "in it. Perplexities of models with different tokenizers are not comparable."
     )
     columns = []
+    longest = max(length for run in runs for length in run.lines(POSITIONS))
     for run in runs:
         length = max(run.lines(POSITIONS), default=0)
         name = f"{run.name}, {length:,}" if length else run.name
@@ -150,7 +151,7 @@ def positions(runs: Sequence[Results], pictures: list[Picture]) -> Section:
     begins = sorted({begin for _, column in columns for begin in column})
     rows = [
         TableRow(
-            f"{begin:,}" if begin < 2 else f"{begin:,} to {2 * begin - 1:,}",
+            f"{begin:,}" if begin < 2 else f"{begin:,} to {min(2 * begin, longest) - 1:,}",
             [_loss(each.get(begin)) for _, each in columns],
         )
         for begin in begins
@@ -299,7 +300,7 @@ def _notes(runs: Sequence[Results]) -> list[str]:
     notes = [
         "Tokens are counted with the model's own tokenizer, those of prompt and answer together. Nothing is ever cut "
         "off: what does not fit into a length is refused.",
-        "Intervals are of 95%: Wilson's for shares of right answers, of losses by the spread over stretches of text.",
+        "Intervals are of 95%: Wilson's for shares of right answers, Student's, over stretches of text, for losses.",
         "Chance is how often one is right who knows the task, has not read the context, and guesses.",
         "Depth is where that begins which the answer rests on: the share of the prompt's tokens before it; where there "
         "are several places, the first counts.",
