@@ -266,7 +266,8 @@ Results: the checkpoint in runs/<name>/checkpoints/.""",
 titans-dist evaluate [--follow RUN] [KEY=VALUE ...]
 
 Reads the held-out text once with the newest checkpoint of a run: loss, bits per byte, perplexity. Give the same
-overrides as to `train`, so that it is the same run. With a suite, measures its tasks by Ray workers instead.
+overrides as to `train`, so that it is the same run. With a suite (offline, positions, ruler, babilong, commonsense),
+measures its tasks by Ray workers instead: what is in the run's ledger is not measured again, and a report is written.
 
 --follow measures every checkpoint of a run while it is trained; the run's own configuration is read from its folder.
 It ends when the run is done, keeps to a share of the time (evaluation.follow.budget), and goes on where it was.
@@ -275,6 +276,7 @@ Examples:
   titans-dist evaluate
   titans-dist evaluate name=mine parallel=single
   titans-dist evaluate name=mine evaluation.max_sequences=64
+  titans-dist evaluate name=mine suite=ruler evaluation.samples=100 evaluation.workers=2
   titans-dist evaluate --follow mine suite=offline +evaluation.follow.every.positions=4
 
 Results: in runs/<name>/, reports/heldout.json; of a suite reports/evaluation.html; of --follow evaluation.jsonl.""",
