@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import pickle
 from pathlib import Path
@@ -76,6 +77,8 @@ def test_losses_by_position_are_those_of_the_plain_model(name: str, tensor: int,
     for rows in run_distributed(measured, tensor, name, piece, [10**6, 40], tmp_path):
         (whole, once), (parts, often) = rows
         assert once == 1 and often == 8
+        stretches = [HELD_OUT[start : start + 151] for start in (150, 300)]
+        assert whole.samples == hashlib.sha256(b"".join(part.numpy().tobytes() for part in stretches)).hexdigest()
         for result in (whole, parts):
             assert result.tokens == 300
             for number, (score, sums) in enumerate(zip(result.scores, result.detail["losses"], strict=True)):
