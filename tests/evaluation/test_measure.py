@@ -44,6 +44,7 @@ def material(folder: Path) -> Material:
         samples=Samples(folder, {"letters": Letters()}, BytesTokenizer(), Text("none")),
         held_out=lambda start, count: HELD_OUT[start : start + count],
         held_out_tokens=len(HELD_OUT),
+        bytes_per_token=3.5,
     )
 
 
@@ -80,6 +81,7 @@ def test_losses_by_position_are_those_of_the_plain_model(name: str, tensor: int,
         stretches = [HELD_OUT[start : start + 151] for start in (150, 300)]
         assert whole.samples == hashlib.sha256(b"".join(part.numpy().tobytes() for part in stretches)).hexdigest()
         for result in (whole, parts):
+            assert result.detail["bytes_per_token"] == [3.5, 3.5]
             assert result.tokens == 300
             for number, (score, sums) in enumerate(zip(result.scores, result.detail["losses"], strict=True)):
                 stretch = HELD_OUT[150 * (number + 1) :][:151]

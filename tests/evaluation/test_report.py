@@ -51,7 +51,7 @@ def fill(home: Path) -> None:
         add(home, "mine", measured, "niah_single_1", 2048, scores, depths=[[0.1], [0.15], [0.5], [1.0]])
     add(home, "mine", LATE, "niah_single_1", 512, [0.0, 1.0], depths=[[0.3], [0.3]])
     losses = [{"0": 1.0, "1": 2.0, "2": 6.0, "4": 4.0}, {"0": 3.0, "1": 4.0, "2": 8.0, "4": 6.0}]
-    add(home, "mine", LATE, "positions", 6, [13 / 6, 21 / 6], losses=losses)
+    add(home, "mine", LATE, "positions", 6, [13 / 6, 21 / 6], losses=losses, bytes_per_token=[4.0, 4.0])
     add(home, "mine", EARLY, "passkey", 512, [1.0], depths=[[0.5]])
     add(home, "swa", CONTROL, "niah_single_1", 2048, [0.0, 0.0, 0.0, 0.0], depths=[[0.1], [0.15], [0.5], [1.0]])
     add(home, EVIL, LATE, "niah_single_1", 2048, [1.0, 0.0, 0.0, 0.0], samples="others", output=["<script>"] * 4)
@@ -152,14 +152,18 @@ def test_with_many_samples_depth_is_finer_and_of_several_places_the_first_counts
 def test_loss_by_position_is_the_mean_over_tokens(home: Path, page: Page) -> None:
     wanted = {"position 0": 2.0, "position 1": 3.0, "position 2": 3.5, "position 4": 2.5}
     for part, loss in wanted.items():
-        assert numbers(home, task="positions", part=part) == [loss]
-    assert page.named("4 to ") == [["4 to 5", f"2.500 / {math.exp(2.5):.1f}", "not measured", "not measured"]]
+        assert numbers(home, task="positions", part=part, metric="loss") == [loss]
+        assert numbers(home, task="positions", part=part, metric="bits per byte") == [loss / math.log(2) / 4]
+    at_4 = f"2.500 perplexity {math.exp(2.5):.1f}, {2.5 / math.log(2) / 4:.3f} bits per byte"
+    assert page.named("4 to ") == [["4 to 5", at_4, "not measured", "not measured"]]
     (row,) = [row for row in page.named("mine", "own") if "perplexity" in row[1]]
-    assert row[1].startswith("2.833 ") and row[1].endswith(f"n 2, perplexity {math.exp(17 / 6):.1f}")
+    assert row[1].startswith("2.833 ") and row[1].endswith(
+        f"n 2, perplexity {math.exp(17 / 6):.1f}, {17 / 6 / math.log(2) / 4:.3f} bits per byte"
+    )
 
 
 def test_the_interval_of_a_loss_is_students(home: Path) -> None:
-    (row,) = [row for row in table(home) if row["task"] == "positions" and row["part"] == "whole"]
+    (row,) = [row for row in table(home) if (row["task"], row["part"], row["metric"]) == ("positions", "whole", "loss")]
     error = (21 / 6 - 13 / 6) / math.sqrt(2) / math.sqrt(2)  # the spread of two values over the root of their number
     assert float(row["high"]) - 17 / 6 == pytest.approx(17 / 6 - float(row["low"]))
     quantile = (float(row["high"]) - 17 / 6) / error

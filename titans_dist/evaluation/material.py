@@ -28,4 +28,5 @@ def gather(config: Config) -> Material:
         task_folder=settings.task_folder,
         held_out=lambda start, count: torch.from_numpy(held_out.read(start, count)[0]),
         held_out_tokens=held_out.num_tokens,
+        bytes_per_token=held_out.bytes_per_token,
     )

@@ -63,6 +63,8 @@ class Material:
     held_out: Callable[[int, int], Tensor]
     """The held-out tokens from a start on, so many, int64."""
     held_out_tokens: int
+    bytes_per_token: float | None = None
+    """Of the held-out text, on average; None where it is unknown."""
     task_folder: str | None = None
     """Task files of the harness."""
 
@@ -155,7 +157,8 @@ class Measuring:
         if progress.read < length:
             progress.state = _on_cpu(after)
             return
-        self._next(progress, math.fsum(progress.sums.values()) / length, {"losses": progress.sums})
+        kept = {"losses": progress.sums, "bytes_per_token": self.material.bytes_per_token}
+        self._next(progress, math.fsum(progress.sums.values()) / length, kept)
 
     def _answer(self, questions: Questions, progress: Progress) -> None:
         """All requests of one context."""

@@ -45,6 +45,8 @@ class Line:
     """Digest of all samples: two lines are comparable where it is the same."""
     is_loss: bool = False
     """Whether less is better."""
+    bytes_per_token: float | None = None
+    """Of the text whose loss it is."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,23 @@ def _line(task: str, length: int, rows: list[Row]) -> Line:
         seeds=tuple(sorted({row.piece.seed for row in rows})),
         samples=_digest(rows),
         is_loss=is_loss,
+        bytes_per_token=bytes_per_token(rows),
     )
+
+
+def bytes_per_token(rows: Iterable[Row]) -> float | None:
+    """Of the held-out text that rows of `positions` are about; None of other tasks and where it is unknown."""
+    known = [value for row in rows for value in row.result.detail.get("bytes_per_token", []) if value]
+    return known[0] if known else None
+
+
+def bits_per_byte(loss: float, bytes_per_token: float) -> float:
+    """Of a loss in nats per token.
+
+    >>> bits_per_byte(math.log(2), 4.0)
+    0.25
+    """
+    return loss / math.log(2) / bytes_per_token
 
 
 def _digest(rows: list[Row]) -> str:

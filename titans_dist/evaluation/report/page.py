@@ -15,7 +15,7 @@ from titans_dist.evaluation.measure import POSITIONS
 from titans_dist.evaluation.report import published
 from titans_dist.evaluation.report.runs import Results, by_position
 from titans_dist.evaluation.report.table import comparable
-from titans_dist.evaluation.summary import Line, lines, metrics, perplexity
+from titans_dist.evaluation.summary import Line, bits_per_byte, bytes_per_token, lines, metrics, perplexity
 from titans_dist.evaluation.tasks import about
 
 NOT_MEASURED = "not measured"
@@ -139,25 +139,26 @@ def positions(runs: Sequence[Results], pictures: list[Picture]) -> Section:
     """Losses and perplexities by length of the context and by position."""
     found = section(runs, POSITIONS, pictures)
     found.about = (
-        "Loss on the held-out text in nats per token, and perplexity, by the length of the context and by the position "
-        "in it. Perplexities of models with different tokenizers are not comparable."
+        "Loss on the held-out text in nats per token, perplexity and bits per byte, by the length of the context and "
+        "by the position in it. Between models with different tokenizers only bits per byte are comparable."
     )
     columns = []
     longest = max(length for run in runs for length in run.lines(POSITIONS))
     for run in runs:
         length = max(run.lines(POSITIONS), default=0)
         name = f"{run.name}, {length:,}" if length else run.name
-        columns.append((name, by_position(run.chosen(POSITIONS), length)))
-    begins = sorted({begin for _, column in columns for begin in column})
+        found_there = run.chosen(POSITIONS)
+        columns.append((name, by_position(found_there, length), bytes_per_token(found_there)))
+    begins = sorted({begin for _, column, _ in columns for begin in column})
     rows = [
         TableRow(
             f"{begin:,}" if begin < 2 else f"{begin:,} to {min(2 * begin, longest) - 1:,}",
-            [_loss(each.get(begin)) for _, each in columns],
+            [_loss(each.get(begin), per_token) for _, each, per_token in columns],
         )
         for begin in begins
     ]
-    caption = "Loss / perplexity by position in the longest context of each run."
-    found.tables.append(Table(["position", *(name for name, _ in columns)], rows, caption))
+    caption = "Loss by position in the longest context of each run."
+    found.tables.append(Table(["position", *(name for name, *_ in columns)], rows, caption))
     return found
 
 
@@ -211,7 +212,7 @@ def _cell(line: Line | None, run: Results, own: Results) -> Cell:
     flag = _flag(own, line, run)
     if line.is_loss:
         under = f"{line.low:.3f} to {line.high:.3f}, n {line.count}" if line.count > 1 else "n 1, no interval"
-        return Cell(f"{line.mean:.3f}", f"{under}, perplexity {_perplexity(line.mean)}", flag)
+        return Cell(f"{line.mean:.3f}", f"{under}, {_as_perplexity(line.mean, line.bytes_per_token)}", flag)
     return Cell(_percent(line.mean), f"{100 * line.low:.1f} to {_percent(line.high)}, n {line.count}", flag)
 
 
@@ -219,8 +220,8 @@ def _flag(own: Results, line: Line | None, run: Results) -> str:
     return OTHER_SAMPLES if line is not None and comparable(own, line, run) == "no" else ""
 
 
-def _loss(value: float | None) -> Cell:
-    return Cell() if value is None else Cell(f"{value:.3f} / {_perplexity(value)}", "")
+def _loss(value: float | None, per_token: float | None) -> Cell:
+    return Cell() if value is None else Cell(f"{value:.3f}", _as_perplexity(value, per_token))
 
 
 def _checkpoint(run: Results, task: str) -> str:
@@ -332,5 +333,7 @@ def _percent(share: float) -> str:
     return "<0.1%" if 0 < share < 0.0005 else f"{share:.1%}"
 
 
-def _perplexity(loss: float) -> str:
-    return f"{perplexity(loss):,.1f}"
+def _as_perplexity(loss: float, per_token: float | None) -> str:
+    """The same as perplexity, and as bits per byte of the text where its bytes are known."""
+    bits = f", {bits_per_byte(loss, per_token):.3f} bits per byte" if per_token else ""
+    return f"perplexity {perplexity(loss):,.1f}{bits}"

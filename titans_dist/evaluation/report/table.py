@@ -11,7 +11,7 @@ from titans_dist.evaluation.ledger import Measured
 from titans_dist.evaluation.measure import POSITIONS
 from titans_dist.evaluation.report import published
 from titans_dist.evaluation.report.runs import Results, by_depth, by_position, depth_bins
-from titans_dist.evaluation.summary import Line, lines
+from titans_dist.evaluation.summary import Line, bits_per_byte, bytes_per_token, lines
 
 COLUMNS = (
     *("source", "run", "model", "step", "trained_tokens", "checkpoint", "task", "length", "part", "metric", "value"),
@@ -35,6 +35,10 @@ def write(runs: Sequence[Results], path: Path) -> None:
                     head = _head(run, measured, task)
                     for line in lines(rows):
                         writer.writerow(head | _score(line) | {"comparable": comparable(runs[0], line, run)})
+                        if line.bytes_per_token:
+                            bits = bits_per_byte(line.mean, line.bytes_per_token)
+                            place = {"length": line.length, "part": WHOLE, "metric": "bits per byte", "value": bits}
+                            writer.writerow(head | place)
                     for part in _parts(rows, depth_bins(runs, task)):
                         writer.writerow(head | part)
         writer.writerows(_theirs(runs))
@@ -89,7 +93,10 @@ def _parts(rows: Sequence[Any], bins: int) -> Iterator[dict[str, Any]]:
         }
     for length in sorted({row.piece.length for row in rows if row.piece.task == POSITIONS}):
         for begin, loss in by_position(rows, length).items():
-            yield {"length": length, "part": f"position {begin}", "metric": "loss", "value": loss}
+            place = {"length": length, "part": f"position {begin}"}
+            yield {**place, "metric": "loss", "value": loss}
+            if per_token := bytes_per_token(rows):
+                yield {**place, "metric": "bits per byte", "value": bits_per_byte(loss, per_token)}
 
 
 def _theirs(runs: Sequence[Results]) -> Iterator[dict[str, Any]]:
