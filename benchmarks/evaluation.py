@@ -41,6 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sections", nargs="*", choices=[*SECTIONS, []], help="which tables; all unless given")
     parser.add_argument("--quick", action="store_true", help="a small model and short contexts")
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="tokens of the table by length")
     parser.add_argument("--runs", type=int, default=3, help="rounds of the table of workers")
     arguments = parser.parse_args()
     wanted = arguments.sections or SECTIONS
@@ -48,7 +49,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         run = Trained(Path(name), TINY if arguments.quick else ())
         if "stream" in wanted:
-            stream_table(run, QUICK if arguments.quick else LENGTHS)
+            stream_table(run, QUICK if arguments.quick else tuple(arguments.lengths))
         if "workers" in wanted:
             length, samples, rounds = (512, 8, 1) if arguments.quick else (4096, 48, arguments.runs)
             workers_table(run, length, samples, rounds)

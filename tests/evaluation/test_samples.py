@@ -6,11 +6,12 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from titans_data.tokenize import BytesTokenizer
 from titans_dist.evaluation.samples import Samples
-from titans_dist.evaluation.tasks import Sample, TaskDoesNotFit, Text, tasks
+from titans_dist.evaluation.tasks import Sample, TaskDoesNotFit, Text, digest, tasks
 from titans_dist.evaluation.work import Piece
 
 TEXT = Text("The sun is warm. The sea is wide. Nobody knows \u00e9 or \u2028 by heart.")
@@ -35,11 +36,19 @@ def test_what_is_read_is_what_was_made(name: str, tmp_path: Path) -> None:
     piece = Piece(name, 3000, 42, 2, 3)
     task = Counted(name)
     made = [Samples(tmp_path, {name: task}, BytesTokenizer(), TEXT).of(piece) for _ in range(3)]
-    assert (
-        made[0] == made[1] == made[2] == [tasks()[name].sample(3000, i, 42, BytesTokenizer(), TEXT) for i in (2, 3, 4)]
-    )
+    wanted = [tasks()[name].sample(3000, index, 42, BytesTokenizer(), TEXT) for index in (2, 3, 4)]
+    assert [*made[0]] == [*made[1]] == [*made[2]] == wanted
+    assert {stored.digest for stored in made} == {digest(wanted)}
     assert task.made == 3
-    assert len(list(tmp_path.iterdir())) == 1
+    assert len(list(tmp_path.iterdir())) == 2  # samples and tokens
+
+
+def test_tokens_are_those_of_the_prompt_part_by_part(tmp_path: Path) -> None:
+    stored = Samples(tmp_path, tasks(), BytesTokenizer(), TEXT).of(Piece("niah_single_2", 3000, 42, 0, 2))
+    for number, sample in enumerate(stored):
+        wanted = BytesTokenizer().encode_batch([sample.prompt])[0].tolist()
+        parts = [stored.tokens(number, start, 700) for start in range(0, 3000, 700)]
+        assert np.concatenate(parts).tolist() == wanted and len(wanted) == stored.lengths[number] == sample.tokens
 
 
 def test_anything_that_they_are_made_from_makes_others(tmp_path: Path) -> None:
@@ -51,19 +60,27 @@ def test_anything_that_they_are_made_from_makes_others(tmp_path: Path) -> None:
     samples.of(dataclasses.replace(piece, length=1001))
     dataclasses.replace(samples, text=Text("Another text.")).of(piece)
     dataclasses.replace(samples, stories="/elsewhere").of(piece)
-    assert task.made == len(list(tmp_path.iterdir())) == 5
+    assert task.made == len(list(tmp_path.glob("*.jsonl"))) == 5
 
 
-@pytest.mark.parametrize("change", ["cut", "altered", "empty"])
-def test_a_file_that_is_not_whole_is_made_anew(change: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["jsonl", "tokens"])
+@pytest.mark.parametrize("change", ["cut", "altered", "empty", "gone"])
+def test_a_file_that_is_not_whole_is_made_anew(change: str, kind: str, tmp_path: Path) -> None:
     task = Counted("passkey")
     samples, piece = Samples(tmp_path, {"passkey": task}, BytesTokenizer(), TEXT), Piece("passkey", 1000, 42, 0, 2)
-    made = samples.of(piece)
-    (path,) = tmp_path.iterdir()
-    whole = path.read_text()
-    path.write_text({"cut": whole[:-700], "altered": whole.replace("grass", "gras"), "empty": ""}[change])
-    assert samples.of(piece) == made and task.made == 4
-    assert path.read_text() == whole and len(list(tmp_path.iterdir())) == 1
+    assert not samples.are_made(piece)
+    made = [*samples.of(piece)]
+    assert samples.are_made(piece)
+    (path,) = tmp_path.glob(f"*.{kind}")
+    whole = path.read_bytes()
+    if change == "gone":
+        path.unlink()
+    else:
+        altered = whole[:-300] + bytes([whole[-300] ^ 1]) + whole[-299:]
+        path.write_bytes({"cut": whole[:-300], "altered": altered, "empty": b""}[change])
+    assert not samples.are_made(piece)
+    assert [*samples.of(piece)] == made and task.made == 4
+    assert path.read_bytes() == whole and len(list(tmp_path.iterdir())) == 2
 
 
 def test_what_does_not_fit_leaves_no_file(tmp_path: Path) -> None:

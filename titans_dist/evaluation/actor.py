@@ -12,6 +12,9 @@ from typing import Any
 from titans_dist.config import Config
 from titans_dist.evaluation.work import Piece
 
+LONG = 1 << 16
+"""Tokens from which on samples are made in a process of their own: that takes more memory than reading them."""
+
 
 class Process:
     """Loads one checkpoint, once, and measures pieces with it."""
@@ -65,8 +68,35 @@ class Process:
         from titans_dist.evaluation.measure import Progress
         from titans_dist.evaluation.work import Result
 
+        if progress is None and piece.length >= LONG:
+            self._have_made(piece)
         made = self._measuring.advance(piece, progress or Progress())
         return isinstance(made, Result), made
+
+    def _have_made(self, piece: Piece) -> None:
+        """Have a process beside this one make the samples of a piece, unless they are there or need no making."""
+        import ray
+        import torch.distributed as dist
+        from ray.exceptions import RayTaskError
+
+        samples = self._measuring.material.samples
+        if samples is None or piece.task not in samples.tasks:
+            return
+        if self.rank == 0 and not samples.are_made(piece):
+            try:
+                ray.get(ray.remote(make).options(num_cpus=0).remote(self.config, piece))
+            except RayTaskError as error:
+                raise error.cause from None
+        dist.barrier()
+
+
+def make(config: Config, piece: Piece) -> None:
+    """Make the samples of a piece, for others to read."""
+    from titans_dist.evaluation.material import gather
+
+    samples = gather(config).samples
+    assert samples is not None
+    samples.of(piece)
 
 
 def reading(config: Config) -> Config:

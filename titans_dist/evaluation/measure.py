@@ -19,8 +19,7 @@ from torch import Tensor
 from titans_dist.config import ConfigError
 from titans_dist.evaluation.harness.questions import Questions
 from titans_dist.evaluation.harness.tasks import is_harness
-from titans_dist.evaluation.samples import Samples
-from titans_dist.evaluation.tasks import Sample, digest
+from titans_dist.evaluation.samples import Samples, Stored
 from titans_dist.evaluation.work import Piece, Result
 from titans_dist.model import flatten, unflatten
 from titans_dist.parallel.reader import Reader
@@ -39,8 +38,6 @@ class Progress:
     """Samples that are done."""
     read: int = 0
     """Tokens of the next one that have been read."""
-    prompt: Tensor | None = None
-    """Tokens (T,) int32 of the question that is being read."""
     state: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     """The model's state after them, of this process of the copy; empty at the start of a sample."""
     scores: list[float] = dataclasses.field(default_factory=list)
@@ -87,8 +84,8 @@ class Measuring:
 
     def advance(self, piece: Piece, progress: Progress) -> Progress | Result:
         """Read at most about one leg; the result once all samples are done. Raises ConfigError for what cannot fit."""
-        started, budget = time.perf_counter(), self.leg
         samples = self._samples(piece)
+        started, budget = time.perf_counter(), self.leg
         while progress.sample < len(samples) and budget > 0:
             before = progress.tokens
             if piece.task == POSITIONS:
@@ -96,7 +93,7 @@ class Measuring:
             elif is_harness(piece.task):
                 self._answer(samples, progress)
             else:
-                self._read_question(samples[progress.sample], progress, budget)
+                self._read_question(samples, progress, budget)
             budget -= progress.tokens - before
         progress.seconds += time.perf_counter() - started
         progress.peak_bytes = max(progress.peak_bytes, self._memory_bytes())
@@ -115,30 +112,28 @@ class Measuring:
             detail=dict(progress.detail),
         )
 
-    def _read_question(self, sample: Sample, progress: Progress, budget: int) -> None:
+    def _read_question(self, stored: Stored, progress: Progress, budget: int) -> None:
         """Part of the prompt; behind its end the answer and its score."""
+        sample, prompt_tokens = stored[progress.sample], stored.lengths[progress.sample]
         questions = self.material.samples
         assert questions is not None  # the driver has seen to it
         task, tokenizer = questions.tasks[sample.task], questions.tokenizer
-        prompt = progress.prompt
-        if prompt is None:
-            prompt = torch.from_numpy(tokenizer.encode_batch([sample.prompt])[0].astype("int32"))
-        if len(prompt) + sample.new_tokens > sample.length:
+        if prompt_tokens + sample.new_tokens > sample.length:
             raise ConfigError(
-                f"{sample.task} has {len(prompt)} tokens and an answer of {sample.new_tokens}, which is more than its "
-                f"{sample.length}; nothing is ever cut off: use greater evaluation.lengths"
+                f"{sample.task} has {prompt_tokens} tokens and an answer of {sample.new_tokens}, which is more than "
+                f"its {sample.length}; nothing is ever cut off: use greater evaluation.lengths"
             )
-        part = prompt[progress.read : progress.read + budget].long()
+        part = torch.from_numpy(stored.tokens(progress.sample, progress.read, budget).astype("int64"))
         logits, state = self.reader.read(part, self._state(progress))
         progress.read += len(part)
         progress.tokens += len(part)
-        if progress.read < len(prompt):
-            progress.prompt, progress.state = prompt, _on_cpu(state)
+        if progress.read < prompt_tokens:
+            progress.state = _on_cpu(state)
             return
         answer = self.reader.go_on(logits, state, sample.new_tokens, [tokenizer.end_of_document], tokenizer.vocab_size)
         progress.tokens += len(answer)
         output = tokenizer.decode(answer)
-        kept = {"depths": sample.depths, "answers": sample.answers, "output": output, "prompt_tokens": len(prompt)}
+        kept = {"depths": sample.depths, "answers": sample.answers, "output": output, "prompt_tokens": prompt_tokens}
         self._next(progress, task.score(sample, output), kept)
 
     def _read_losses(self, window: tuple[int, int], progress: Progress, budget: int) -> None:
@@ -171,8 +166,7 @@ class Measuring:
         progress.scores.append(score)
         for name, value in kept.items():
             progress.detail.setdefault(name, []).append(value)
-        progress.sample, progress.read = progress.sample + 1, 0
-        progress.prompt, progress.state, progress.sums = None, {}, {}
+        progress.sample, progress.read, progress.state, progress.sums = progress.sample + 1, 0, {}, {}
 
     def _state(self, progress: Progress) -> Any:
         start = self.reader.start()
@@ -195,9 +189,10 @@ class Measuring:
         self._kept = piece.key, made
         return made
 
-    def _digest(self, piece: Piece, samples: list[Any]) -> str:
+    def _digest(self, piece: Piece, samples: Any) -> str:
         if piece.task != POSITIONS:
-            return digest(samples)
+            digest: str = samples.digest
+            return digest
         found = hashlib.sha256()
         for start, length in samples:
             for at in range(0, length + 1, LEG):  # the token behind the stretch is one that is predicted

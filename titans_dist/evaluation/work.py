@@ -54,6 +54,7 @@ class Result:
     tokens: int
     """Tokens that the model has read and written."""
     seconds: float
+    """For that, without what it took to make the samples."""
     peak_bytes: int
     """Largest memory of the worker's process, or of its GPU."""
     detail: dict[str, Any]
