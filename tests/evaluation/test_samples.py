@@ -51,6 +51,17 @@ def test_tokens_are_those_of_the_prompt_part_by_part(tmp_path: Path) -> None:
         assert np.concatenate(parts).tolist() == wanted and len(wanted) == stored.lengths[number] == sample.tokens
 
 
+def test_of_a_long_prompt_the_end_is_kept_and_scores_the_same(tmp_path: Path) -> None:
+    piece, task = Piece("babi_like_qa1", 20_000, 42, 0, 4), tasks()["babi_like_qa1"]
+    stored = Samples(tmp_path, tasks(), BytesTokenizer(), TEXT).of(piece)
+    for index, short in enumerate(stored):
+        whole = task.sample(20_000, index, 42, BytesTokenizer(), TEXT)
+        assert len(short.prompt) < len(whole.prompt) and whole.prompt.endswith(short.prompt)
+        assert dataclasses.replace(short, prompt=whole.prompt) == whole
+        for output in (f"The answer is {whole.answers[0]}.", "kitchen", "bathroom garden", ""):
+            assert task.score(short, output) == task.score(whole, output)
+
+
 def test_anything_that_they_are_made_from_makes_others(tmp_path: Path) -> None:
     task = Counted("passkey")
     samples = Samples(tmp_path, {"passkey": task}, BytesTokenizer(), TEXT)

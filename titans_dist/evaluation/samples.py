@@ -2,7 +2,7 @@
 
 A file's name says what its samples were made from: the piece of work, the tokenizer, the background text, the stories
 and the code of the tasks. Beside it are the tokens of their prompts, because encoding a long text takes a hundred times
-its size in memory. Nothing of either counts unless both are whole.
+its size in memory; of the text itself only the end is kept. Nothing of either counts unless both are whole.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from titans_dist.evaluation.work import Piece
 
 _TOKEN = np.dtype("<u4")
 _BLOCK = 1 << 20
+_KEPT = 1 << 12
+"""Characters of the end of a prompt: every task puts its question there, and scores by nothing else of it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +71,7 @@ class Samples:
 
 
 class Stored(Sequence[Sample]):
-    """The samples of one piece on the disk: only what is asked for is in memory."""
+    """The samples of one piece on the disk: only what is asked for is in memory, and of a long prompt only its end."""
 
     def __init__(self, path: Path) -> None:
         self._lines, self._tokens = path, _beside(path)
@@ -129,7 +131,8 @@ def _add(found: Any, file: Any) -> None:
 def _write(path: Path, samples: list[Sample], tokenizer: Tokenizer) -> None:
     """The samples last. Two workers may write the same files."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines: list[Any] = [json.dumps(dataclasses.asdict(sample)).encode() + b"\n" for sample in samples]
+    kept = [dataclasses.replace(sample, prompt=sample.prompt[-_KEPT:]) for sample in samples]
+    lines: list[Any] = [json.dumps(dataclasses.asdict(sample)).encode() + b"\n" for sample in kept]
     tokens: list[Any] = [tokenizer.encode_batch([sample.prompt])[0].astype(_TOKEN) for sample in samples]
     content = hashlib.sha256()
     for part in (*lines, *tokens):
