@@ -274,8 +274,7 @@ It ends when the run is done, keeps to a share of the time (evaluation.follow.bu
 
 Examples:
   titans-dist evaluate
-  titans-dist evaluate name=mine parallel=single
-  titans-dist evaluate name=mine evaluation.max_sequences=64
+  titans-dist evaluate name=mine parallel=single evaluation.max_sequences=64
   titans-dist evaluate name=mine suite=ruler evaluation.samples=100 evaluation.workers=2
   titans-dist evaluate --follow mine suite=offline +evaluation.follow.every.positions=4
 
