@@ -8,18 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property
 from math import ceil, lcm
 
 from titans_dist.config import Config, ConfigError
-from titans_dist.config.layout import context_groups, context_mode, parts
+from titans_dist.config.layout import context_groups, context_mode
 from titans_dist.config.sizes import memory_weights
+from titans_dist.plan.place import FLOAT32, Place, padded
 from titans_dist.plan.parameters import learned_gates, part_parameters
 
 KINDS = ("tensor", "context", "pipeline", "data", "control")
 """What is sent for the sake of each way to split the work; control: the loss, the gradient norm, flags."""
 
-FLOAT32, FLOAT64 = 4, 8
+FLOAT64 = 8
 BUCKET, PER_COPY = 40_000_000, 1_000_000
 """megatron-core's smallest gradient bucket, in elements, and what each copy of the model adds to it."""
 
@@ -54,7 +54,7 @@ def analytic(config: Config, data_size: int, stage: int = 0, share: int = 0) -> 
             f"what parallel.tensor={config.parallel.tensor} sends for a memory of model.num_heads="
             f"{config.model.num_heads} is not worked out; use as many heads"
         )
-    place = _Place(config, data_size, stage, share)
+    place = Place(config, data_size, stage, share)
     traffic = [one.times(place.micro_batches) for one in _micro_batch(place)]
     return [one for one in [*traffic, *_gradients(place)] if one.calls]
 
@@ -67,61 +67,7 @@ def busiest(config: Config, data_size: int) -> list[Traffic]:
     return max(every, key=lambda traffic: sum(one.size_bytes for one in traffic))
 
 
-@dataclass(frozen=True)
-class _Place:
-    """One process of the layout, and the sizes that most messages are made of."""
-
-    config: Config
-    data_size: int
-    stage: int
-    share: int
-
-    @cached_property
-    def rows(self) -> int:
-        """Sequences of a micro-batch."""
-        return self.config.training.micro_batch_size
-
-    @cached_property
-    def micro_batches(self) -> int:
-        return self.config.training.global_batch_size // (self.rows * self.data_size)
-
-    @cached_property
-    def tokens(self) -> int:
-        """Of one sequence."""
-        return self.config.data.sequence_length // self.config.parallel.context
-
-    @cached_property
-    def width(self) -> int:
-        """Bytes of one number of the residual stream."""
-        return 2 if self.config.training.precision == "bfloat16" else FLOAT32
-
-    @cached_property
-    def residual(self) -> int:
-        """Bytes of the residual stream of this process's tokens, before sequence parallelism splits it."""
-        return self.rows * self.tokens * self.config.model.hidden_size * self.width
-
-    @cached_property
-    def hidden(self) -> int:
-        """Channels of this process's heads."""
-        return self.config.model.hidden_size // self.config.parallel.tensor
-
-    @cached_property
-    def heads(self) -> int:
-        return self.config.model.num_heads // self.config.parallel.tensor
-
-    @cached_property
-    def is_sequence_parallel(self) -> bool:
-        return self.config.parallel.sequence and self.config.parallel.tensor > 1
-
-    @cached_property
-    def own(self) -> list[tuple[int, bool, bool]]:
-        """(blocks, whether it is the first, and the last) of each part of the model that it holds."""
-        every = parts(self.config.parallel, self.config.model.num_layers)
-        numbers = range(self.stage, len(every), self.config.parallel.pipeline)
-        return [(len(every[n]), n == 0, n == len(every) - 1) for n in numbers]
-
-
-def _micro_batch(place: _Place) -> Iterator[Traffic]:
+def _micro_batch(place: Place) -> Iterator[Traffic]:
     """Forward and backward pass of one micro-batch through all parts of the model that the process holds."""
     forward = [*_tensor_forward(place), *_context_forward(place)]
     backward = [*_tensor_backward(place), *_context_backward(place)]
@@ -141,7 +87,7 @@ def _micro_batch(place: _Place) -> Iterator[Traffic]:
 # Tensor parallelism
 
 
-def _regions(place: _Place) -> Iterator[tuple[str, int, float]]:
+def _regions(place: Place) -> Iterator[tuple[str, int, float]]:
     """(name, calls, bytes of all of them) of what is summed over tensor-parallel processes in one block.
 
     Each is gathered by the norm at a region's entrance, and summed by the row-parallel layer at its end.
@@ -160,18 +106,18 @@ def _regions(place: _Place) -> Iterator[tuple[str, int, float]]:
         yield "attention to memory, by segments", calls, place.residual
 
 
-def _segments(place: _Place) -> int:
+def _segments(place: Place) -> int:
     """Calls of what MAC does once per segment."""
     parallel = place.config.parallel
     groups = context_groups(parallel, place.rows, 1) if parallel.context > 1 else 1
     return groups * ceil(place.tokens / place.config.model.segment_length)
 
 
-def _over_tensor(place: _Place, operation: str, what: str, calls: int, size_bytes: float) -> Traffic:
+def _over_tensor(place: Place, operation: str, what: str, calls: int, size_bytes: float) -> Traffic:
     return _collective("tensor", operation, what, calls, size_bytes, place.config.parallel.tensor)
 
 
-def _tensor_forward(place: _Place) -> Iterator[Traffic]:
+def _tensor_forward(place: Place) -> Iterator[Traffic]:
     for name, calls, size in _regions(place):
         if place.is_sequence_parallel:
             yield _over_tensor(place, "all_gather", f"{name}: gather", calls, size)
@@ -180,7 +126,7 @@ def _tensor_forward(place: _Place) -> Iterator[Traffic]:
             yield _over_tensor(place, "all_reduce", f"{name}: sum", calls, size)
 
 
-def _tensor_backward(place: _Place) -> Iterator[Traffic]:
+def _tensor_backward(place: Place) -> Iterator[Traffic]:
     model = place.config.model
     for name, calls, size in _regions(place):
         if place.is_sequence_parallel:
@@ -199,7 +145,7 @@ def _tensor_backward(place: _Place) -> Iterator[Traffic]:
         yield _over_tensor(place, "all_reduce", "low ranks of the gates: sum of gradients", calls, size)
 
 
-def _gate_calls(place: _Place) -> int:
+def _gate_calls(place: Place) -> int:
     """How often a block asks for gates."""
     model = place.config.model
     persistent = 1 if model.persistent_tokens else 0
@@ -211,7 +157,7 @@ def _gate_calls(place: _Place) -> int:
     return persistent + 1 + (shards > 0) + (rest > 0)
 
 
-def _ends(place: _Place, is_first: bool, is_last: bool) -> Iterator[Traffic]:
+def _ends(place: Place, is_first: bool, is_last: bool) -> Iterator[Traffic]:
     """Embedding, head and loss."""
     if is_first:
         if place.is_sequence_parallel:
@@ -233,19 +179,19 @@ def _ends(place: _Place, is_first: bool, is_last: bool) -> Iterator[Traffic]:
 # Context parallelism
 
 
-def _over_context(place: _Place, operation: str, what: str, size_bytes: float, calls: int = 1) -> Traffic:
+def _over_context(place: Place, operation: str, what: str, size_bytes: float, calls: int = 1) -> Traffic:
     return _collective("context", operation, what, calls, size_bytes, place.config.parallel.context)
 
 
-def _context_forward(place: _Place) -> Iterator[Traffic]:
+def _context_forward(place: Place) -> Iterator[Traffic]:
     return _context(place, is_forward=True)
 
 
-def _context_backward(place: _Place) -> Iterator[Traffic]:
+def _context_backward(place: Place) -> Iterator[Traffic]:
     return _context(place, is_forward=False)
 
 
-def _context(place: _Place, is_forward: bool) -> Iterator[Traffic]:
+def _context(place: Place, is_forward: bool) -> Iterator[Traffic]:
     """What one block sends to processes with other parts of its sequences."""
     model = place.config.model
     if place.config.parallel.context == 1:
@@ -271,18 +217,18 @@ def _context(place: _Place, is_forward: bool) -> Iterator[Traffic]:
     yield from form(place, is_forward)
 
 
-def _keys_values(place: _Place, tokens: int) -> int:
+def _keys_values(place: Place, tokens: int) -> int:
     model = place.config.model
     channels = model.kv_heads * model.head_dim // place.config.parallel.tensor
     return place.rows * tokens * 2 * channels * place.width
 
 
-def _has_neighbor(place: _Place, hop: int, is_forward: bool) -> bool:
+def _has_neighbor(place: Place, hop: int, is_forward: bool) -> bool:
     """Whether there is a process `hop` shares on, or back, that a message goes to."""
     return 0 <= place.share + (hop if is_forward else -hop) < place.config.parallel.context
 
 
-def _heads(place: _Place, is_forward: bool) -> Iterator[Traffic]:
+def _heads(place: Place, is_forward: bool) -> Iterator[Traffic]:
     """q, k, v and the gates of this process's tokens for those of its heads; and the memory's output back."""
     model = place.config.model
     memory, positions = model.memory, place.rows * place.tokens
@@ -302,7 +248,7 @@ def _heads(place: _Place, is_forward: bool) -> Iterator[Traffic]:
     yield _over_context(place, "all_to_all", what, positions * place.hidden * place.width)
 
 
-def _ring(place: _Place, is_forward: bool) -> Iterator[Traffic]:
+def _ring(place: Place, is_forward: bool) -> Iterator[Traffic]:
     """The state of every group over every border; where gradients are limited, the norm that they are compared with."""
     model, parallel = place.config.model, place.config.parallel
     memory = model.memory
@@ -318,7 +264,7 @@ def _ring(place: _Place, is_forward: bool) -> Iterator[Traffic]:
         yield _over_context(place, "all_reduce", "limit of the state's gradients", size)
 
 
-def _scan(place: _Place, is_forward: bool) -> Iterator[Traffic]:
+def _scan(place: Place, is_forward: bool) -> Iterator[Traffic]:
     """The affine map of every share: for a state of z rows and d columns, z (z + d) numbers of each head."""
     columns = place.config.model.head_dim
     rows = columns * (2 if place.config.model.memory.choice("momentum") else 1)
@@ -337,7 +283,7 @@ def _named(what: str, is_forward: bool) -> str:
 # Once per step
 
 
-def _gradients(place: _Place) -> Iterator[Traffic]:
+def _gradients(place: Place) -> Iterator[Traffic]:
     """Sums of gradients, and the parameters that come of them."""
     model, parallel = place.config.model, place.config.parallel
     tensor, copies = parallel.tensor, place.data_size * parallel.context
@@ -348,15 +294,15 @@ def _gradients(place: _Place) -> Iterator[Traffic]:
     if model.tie_embeddings and parallel.pipeline > 1 and place.stage in (0, parallel.pipeline - 1):
         size = model.vocab_size * model.hidden_size // tensor * FLOAT32
         yield _collective("pipeline", "all_reduce", "tied embedding: sum of gradients", 1, size, 2)
-    buckets = [bucket for part in place.own for bucket in _buckets(place, part)]
+    sizes = [size for part in place.own for size in buckets(place, part)]
     for operation, what, width in (
         ("reduce_scatter", "sum of gradients", FLOAT32),
         ("all_gather", "parameters", place.width),
     ):
-        yield _collective("data", operation, what, len(buckets), sum(buckets) * width, copies)
+        yield _collective("data", operation, what, len(sizes), sum(sizes) * width, copies)
 
 
-def _buckets(place: _Place, part: tuple[int, bool, bool]) -> list[int]:
+def buckets(place: Place, part: tuple[int, bool, bool]) -> list[int]:
     """Elements of each gradient bucket of megatron-core, with its padding, of one part of the model."""
     model, parallel, training = place.config.model, place.config.parallel, place.config.training
     copies = place.data_size * parallel.context
@@ -369,7 +315,7 @@ def _buckets(place: _Place, part: tuple[int, bool, bool]) -> list[int]:
     alone = {0 if is_first else len(sizes) - 1} if is_shared else set()
     found, filled = [], 0
     for i, size in reversed(list(enumerate(sizes))):
-        filled = _padded(filled, 64)
+        filled = padded(filled, 64)
         if i in alone and filled:
             found.append(filled)
             filled = 0
@@ -377,11 +323,7 @@ def _buckets(place: _Place, part: tuple[int, bool, bool]) -> list[int]:
         if i in alone or (largest is not None and filled >= largest):
             found.append(filled)
             filled = 0
-    return [_padded(bucket, lcm(copies, 128)) for bucket in (*found, filled) if bucket]
-
-
-def _padded(size: int, multiple: int) -> int:
-    return -(-size // multiple) * multiple
+    return [padded(bucket, lcm(copies, 128)) for bucket in (*found, filled) if bucket]
 
 
 def _collective(kind: str, operation: str, what: str, calls: int, size_bytes: float, processes: int) -> Traffic:
