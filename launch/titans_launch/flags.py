@@ -19,6 +19,7 @@ KEYS = {
     "checkpoint import": {"--format": "export.format", "--path": "export.path"},
     "checkpoint convert": {"--format": "export.format", **_FOLDER},
     "submit": {"--command": "submit.command", "--chain": "submit.chain"},
+    "plan": {"--search": "plan.search", "--gpu": "plan.gpu", "--picture": "plan.picture"},
     "drill": {"--faults": "drill.faults", "--seed": "drill.seed", "--hours": "drill.hours"},
 }
 """Command -> flag -> the key that the value after the flag is for."""
@@ -33,6 +34,7 @@ SWITCHES = {
     "submit": {"--dry-run": "dry_run"},
     "evaluate": {"--follow": "follow"},
     "logs": {"--follow": "follow"},
+    "plan": {"--json": "as_json"},
     "checkpoint convert": {"--read": "read"},
     "checkpoint prune": {"--dry-run": "dry_run"},
     "resume": {"--explain": "explain"},

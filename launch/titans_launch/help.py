@@ -12,6 +12,7 @@ COMMANDS = {
     "data verify": "check every file of the datasets against its checksum",
     "data stats": "count tokens and documents, with a plot",
     "data plan": "list the samples of steps, and what is drawn of each dataset",
+    "plan": "say whether a run fits, how long it takes and what to change, without a GPU",
     "train": "train a model, or resume the run of the same name",
     "resume": "train on from a run's newest checkpoint, or say what that would be",
     "evaluate": "measure a run's newest checkpoint on the held-out text, or on the tasks of a suite",
@@ -127,6 +128,23 @@ Examples:
   titans-dist data plan name=mine inspect.step=51 inspect.ranks=8
 
 Results: tables of samples (of many the first), stages and use; inspect.output=FILE.csv gets every sample.""",
+    "plan": """\
+titans-dist plan [--json] [--search N] [--gpu NAME] [--picture FILE] [KEY=VALUE ...]
+
+Works out, from the configuration alone and within seconds: what each GPU holds, by pipeline stage; operations per
+token; what is sent, over which links; how long a step and the run take, as a range with what is assumed. What does not
+fit is told with the nearest layout of as many GPUs that does. --search lists the fastest layouts of N GPUs.
+
+GPUs: a100, h100, h200, b200, mi300x, or a .yaml file like titans_dist/plan/hardware.yaml. How many: those of cluster,
+or as many as the layout has processes.
+
+Examples:
+  titans-dist plan experiment=titans_760m cluster=h100_4x8
+  titans-dist plan experiment=titans_1b3 cluster=h100_4x8 data.sequence_length=1048576 parallel.context=32 --json
+  titans-dist plan experiment=titans_760m --search 64 --gpu h200
+  titans-dist plan experiment=titans_340m --picture memory.png
+
+Results: tables, or with --json all numbers; exit code 0 if it fits, 1 otherwise.""",
     "train": """\
 titans-dist train [KEY=VALUE ...]
 

@@ -58,7 +58,7 @@ WORDS = [key for key, kinds in leaves() if str in kinds]
 FREE_NUMBERS = {"data__seed", "training__seed"}
 FREE_WORDS = {"name", "run_dir", "data__source", "data__text_column", "data__path", "data__tokenizer"}
 FREE_WORDS |= {"data__cache", "tracking__project", "tracking__entity", "conformance__target", "inspect__output"}
-FREE_WORDS |= {"checkpoint__mirror", "export__path"}
+FREE_WORDS |= {"checkpoint__mirror", "export__path", "plan__gpu", "plan__picture"}
 FREE_WORDS |= {f"evaluation__{key}" for key in ("text", "babi", "task_folder", "address")}
 # What the scheduler knows; sizes and times have sentences of their own (test_machines).
 FREE_WORDS |= {f"cluster__{key}" for key in ("memory", "time", "queue", "account", "image")}

@@ -23,7 +23,7 @@ done
 """
 
 EXPECTED = {
-    "titans-dist ": "quickstart prepare data train resume evaluate submit status logs cancel requeue "
+    "titans-dist ": "quickstart prepare data plan train resume evaluate submit status logs cancel requeue "
     "checkpoint conformance parallel-check doctor drill info",
     "titans-dist ev": "evaluate",
     "titans-dist evaluate ": "ls report",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections import Counter
 from typing import Any
 
 import torch
@@ -30,13 +31,17 @@ class _Storages(TorchDispatchMode):
                 self.made[storage._cdata] = (StorageWeakRef(storage), storage.nbytes(), f"{function} {tuple(x.shape)}")
         return result
 
-    def alive(self) -> list[tuple[int, str]]:
+    def alive(self) -> Counter[str]:
         gc.collect()
-        return [(size, name) for reference, size, name in self.made.values() if not reference.expired()]
+        found: Counter[str] = Counter()
+        for reference, size, name in self.made.values():
+            if not reference.expired():
+                found[name] += size
+        return found
 
 
-def kept(config: Config) -> list[tuple[int, str]]:
-    """(bytes, the operation that made it last) of every storage there is after a forward pass up to the head."""
+def kept(config: Config) -> Counter[str]:
+    """Bytes of every storage that is there after a forward pass up to the head, by the operation that saw it last."""
     model = build_model(config.model)
     model.set_recompute(config.training.recompute)
     if config.training.precision == "bfloat16":

@@ -274,6 +274,18 @@ class InspectConfig:
 
 
 @dataclass
+class PlanConfig:
+    """What `titans-dist plan` assumes of the GPUs, and what it looks for."""
+
+    gpu: str = "h100"
+    """a100, h100, h200, b200, mi300x, or a .yaml file like titans_dist/plan/hardware.yaml that describes another."""
+    search: int | None = None
+    """GPUs, >= 1, whose best layouts are listed. Unset: none are looked for."""
+    picture: str | None = None
+    """PNG file for a picture of the memory of each pipeline stage; needs matplotlib. Unset: none."""
+
+
+@dataclass
 class ExportConfig:
     """What `titans-dist checkpoint export`, `import` and `convert` make of which folder."""
 
@@ -327,6 +339,8 @@ class Config:
     """Group health/."""
     inspect: InspectConfig = field(default_factory=InspectConfig)
     """Group inspect/."""
+    plan: PlanConfig = field(default_factory=PlanConfig)
+    """Group plan/."""
     export: ExportConfig = field(default_factory=ExportConfig)
     """Group export/."""
     drill: DrillConfig = field(default_factory=DrillConfig)

@@ -26,6 +26,7 @@ def validate(config: Config) -> None:
     validate_mixture(config)
     _conformance(config)
     _inspect(config)
+    _plan(config)
     _checkpoint(config)
     _health(config.health)
     _evaluation(config.evaluation)
@@ -81,6 +82,11 @@ def _optimizer(config: Config) -> None:
 def _conformance(config: Config) -> None:
     for key, low in (("vocab_size", 2), ("length", 4), ("batch", 2), ("probes", 1)):
         at_least(f"conformance.{key}", getattr(config.conformance, key), low)
+
+
+def _plan(config: Config) -> None:
+    if config.plan.search is not None:
+        at_least("plan.search", config.plan.search, 1)
 
 
 def _inspect(config: Config) -> None:

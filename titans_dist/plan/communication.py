@@ -13,8 +13,8 @@ from math import ceil, lcm
 from titans_dist.config import Config, ConfigError
 from titans_dist.config.layout import context_groups, context_mode
 from titans_dist.config.sizes import memory_weights
-from titans_dist.plan.place import FLOAT32, Place, padded
 from titans_dist.plan.parameters import learned_gates, part_parameters
+from titans_dist.plan.place import FLOAT32, Place, padded
 
 KINDS = ("tensor", "context", "pipeline", "data", "control")
 """What is sent for the sake of each way to split the work; control: the loss, the gradient norm, flags."""

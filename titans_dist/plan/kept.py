@@ -24,9 +24,7 @@ class Kept:
     """Of the activations, those inside the memory's groups of chunks, which recompute=selective does without."""
 
     def __add__(self, other: Kept) -> Kept:
-        return Kept(
-            self.activations + other.activations, self.states + other.states, self.inner + other.inner
-        )
+        return Kept(self.activations + other.activations, self.states + other.states, self.inner + other.inner)
 
     def times(self, count: int) -> Kept:
         """The same, `count` times."""
@@ -87,9 +85,7 @@ def _memory_as_context(place: Place, recompute: str) -> Kept:
     mask = int(place.positions * length * (2 + prefix)) * place.width
     rotary = 3 * place.tokens * model.head_dim * place.width
     attention = 2 * place.mine + keys + mask + rotary + place.per_head
-    one = replace(place.config.data, sequence_length=length * place.config.parallel.context)
-    segment = Place(replace(place.config, data=one), place.data_size, place.stage, place.share)
-    written = _neural_memory(segment, recompute)
+    written = _neural_memory(_one_segment(place), recompute)
     written = Kept(
         int(written.activations * place.tokens / length),
         written.states * segments,
@@ -98,7 +94,9 @@ def _memory_as_context(place: Place, recompute: str) -> Kept:
     if has_kernels(place):  # the state after a segment, which the next one's queries read, is there beside its copy
         slots = 2 if model.memory.choice("momentum") else 1
         written += Kept(states=place.state // slots * segments)
-    outside = query + found + gated + norms + attention + _gate_of_two(place)
+    # Of more than one sequence a segment is no piece of memory: each plain linear layer makes a copy of its own.
+    copies = 5 * place.full if place.rows > 1 and place.config.parallel.tensor == 1 else 0
+    outside = query + found + gated + norms + attention + _gate_of_two(place) + copies
     return written + persistent_memory(place) + Kept(outside)
 
 
@@ -112,10 +110,20 @@ _MIXERS = {
 
 
 def _states_between(place: Place) -> Kept:
-    """Gates and states that lie between the groups of chunks."""
-    memory = place.config.model.memory
-    found = _inner_memory(place, "selective", memory.chunk_size, place.tokens, place.rows)
-    return found + persistent_memory(place)
+    """Gates and states that lie between the groups of chunks; and what the persistent tokens are read by."""
+    model, segments = place.config.model, 1
+    if model.variant == "mac":
+        place, segments = _one_segment(place), ceil(place.tokens / model.segment_length)
+    found = _inner_memory(place, "selective", model.memory.chunk_size, place.tokens, place.rows)
+    begin = Kept(states=place.state // place.rows if model.persistent_tokens else 0)
+    return found.times(segments) + begin
+
+
+def _one_segment(place: Place) -> Place:
+    """The same process with sequences of one segment."""
+    length = min(place.config.model.segment_length, place.tokens) * place.config.parallel.context
+    data = replace(place.config.data, sequence_length=length)
+    return Place(replace(place.config, data=data), place.data_size, place.stage, place.share)
 
 
 # Attention
@@ -213,22 +221,31 @@ def _inner_memory(place: Place, recompute: str, chunk: int, tokens: int, rows: i
     if recompute != "none":
         # What a document would begin with is a copy for each sequence.
         return Kept(gates, (groups + (rows > 1)) * state)
-    inner = _traced(place, chunk)
-    return Kept(gates + inner, (ceil(tokens / chunk) + groups) * state, inner)
+    numbers, states = _traced(place, chunk)
+    inner = int(numbers * place.per_head)
+    return Kept(gates + inner, (states * ceil(tokens / chunk) + groups) * state, inner)
 
 
-def _traced(place: Place, chunk: int) -> int:
-    """What torch keeps inside the groups: numbers of each token and head, in float32."""
-    memory, dim = place.config.model.memory, place.config.model.head_dim
-    choice = memory.choice
+def _traced(place: Place, chunk: int) -> tuple[float, int]:
+    """What torch keeps inside the groups: float32 numbers of each token and head, and states of each chunk.
+
+    The plain memories' form is written by hand, and what it keeps is read off it. The numbers of the others, which
+    autograd traces, were fitted to counts of the real model.
+    """
+    model, memory = place.config.model, place.config.model.memory
+    choice, dim = memory.choice, model.head_dim
     depth, hidden = choice("depth"), (choice("depth") - 1) * choice("expansion") * dim
-    # Before and after the activation, the slope, the deltas and what they come from; the same of the queries.
-    numbers = 7 * hidden + 2 * dim + depth * chunk
-    # Decays between tokens, the sums of writes, and what both come from.
-    numbers += (6 if choice("momentum") else 3) * chunk
-    if choice("residual"):
-        numbers += dim
-    return int(numbers * place.per_head)
+    if memory.channel_wise:
+        return 1.5 * memory_weights(memory, dim) + 85 * dim + 194 * chunk, 0
+    if choice("anchor") == "token" and choice("bias") != "dot":
+        return (6 * dim + 9 * chunk, 3) if choice("retention") == "l2" else (5 * dim + 7 * chunk, 2)
+    if choice("retention") not in ("none", "l2"):
+        is_simplex = choice("retention") == "kl"
+        return (11 * hidden + 6 * dim + 3 * chunk, 9) if is_simplex else (15 * hidden + 7 * dim + 6 * chunk, 8)
+    # Before and after the activation, the slope, the deltas and what they come from; the same of the queries. Scores,
+    # decays between tokens, the sums of writes, and what both come from.
+    numbers = 7 * hidden + 2 * dim + (depth + (6 if choice("momentum") else 3)) * chunk
+    return numbers + (dim if choice("residual") else 0), 1
 
 
 def _segments(place: Place, chunk: int, tokens: int, rows: int) -> int:
@@ -247,6 +264,3 @@ def persistent_memory(place: Place) -> Kept:
     one = place.state // place.rows
     is_copied = place.rows > 1 and place.config.model.persistent_tokens
     return Kept(states=one if is_copied else 0)
-
-
-__all__ = ["Kept", "block", "has_kernels", "memory_weights", "persistent_memory"]

@@ -7,14 +7,12 @@ counts: every tensor that is there after the forward pass, each once. `titans_di
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import lcm
 
 from titans_dist.config import Config, ConfigError
-from titans_dist.config.layout import parts
 from titans_dist.plan.communication import buckets
-from titans_dist.plan.kept import Kept, block, persistent_memory
+from titans_dist.plan.kept import Kept, block, has_kernels
 from titans_dist.plan.parameters import part_parameters
-from titans_dist.plan.place import FLOAT32, Place
+from titans_dist.plan.place import FLOAT32, WORKSPACE_BYTES, Place
 
 
 @dataclass(frozen=True)
@@ -76,8 +74,11 @@ def workspace(config: Config, data_size: int, stage: int = 0, share: int = 0) ->
     if not config.model.has_memory or training.recompute == "none":
         again = 0
     else:
+        # Kernels work on as many chunks at a time as there is room for; torch on a group, with a gradient for each.
         per_token = (whole.inner + whole.states) / place.positions
         again = int(per_token * min(place.positions, place.rows * place.group_tokens) * 2)
+        if has_kernels(place):
+            again = int(min(WORKSPACE_BYTES, 3 * per_token * place.positions))
     if training.recompute == "full":
         selective = block(place, "selective")
         again += selective.activations + selective.states - kept.activations - kept.states
@@ -115,7 +116,7 @@ def _weights(place: Place) -> tuple[int, int, int]:
         return elements * place.width, elements * FLOAT32, elements // copies * per_state
     sizes = [p.on_one(parallel.tensor) for part in place.own for p in part_parameters(place.config.model, *part)]
     elements, stage = sum(sizes), training.zero_stage
-    share = -(-elements // lcm(copies, 1))
+    share = -(-elements // copies)
     parameters = (share if stage == 3 else elements) * place.width
     gradients = (share if stage >= 2 else elements) * FLOAT32
     optimizer = 0 if training.offload else (share if stage >= 1 else elements) * per_state
@@ -133,22 +134,9 @@ def _in_flight(place: Place) -> Kept:
             each += Kept(activations=8 * place.positions)
         if is_last:
             # The head's input, before and after its norm, and what says which token was the target.
-            each += Kept(activations=place.norm(place.sequence) + place.full + 9 * place.positions)
+            head = place.sequence + place.norm(place.sequence) + place.full
+            each += Kept(activations=head + 9 * place.positions)
         if config.parallel.pipeline > 1 and not is_last:
             each += Kept(activations=place.sequence)  # sent, and kept until the micro-batch is done
         total += each.times(count)
     return total
-
-
-def summary(config: Config, data_size: int) -> list[Memory]:
-    """Of each pipeline stage, the process that holds most; of context-parallel ones the last sees the most keys."""
-    return [memory_of(config, data_size, stage, config.parallel.context - 1) for stage in range(config.parallel.pipeline)]
-
-
-def blocks_of(config: Config, stage: int) -> list[range]:
-    """The blocks of a stage, in its parts."""
-    every = parts(config.parallel, config.model.num_layers)
-    return every[stage :: config.parallel.pipeline]
-
-
-__all__ = ["Memory", "memory_of", "persistent_memory", "summary", "workspace"]
