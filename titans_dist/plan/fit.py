@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import groupby, product
 from math import log2, sqrt
 
 from titans_dist.config import Config, ConfigError
@@ -12,7 +13,7 @@ from titans_dist.config.machines import processes
 from titans_dist.plan.estimate import Estimate, estimate, gpus_per_node, links
 from titans_dist.plan.hardware import Gpu
 from titans_dist.plan.kept import has_kernels
-from titans_dist.plan.memory import Memory, in_flight, memory_of, workspace
+from titans_dist.plan.memory import Memory, check, in_flight, memory_of, workspace
 from titans_dist.plan.place import Place, no_memory_kernels
 
 RESERVE_BYTES, FRAGMENTED = 2.5e9, 0.04
@@ -186,31 +187,33 @@ def _of_limits(config: Config) -> Iterator[str]:
 
 
 def layouts(config: Config, world: int, gpu: Gpu) -> Iterator[Plan]:
-    """Every legal layout of `world` GPUs: tensor, context, pipeline, and the rest copies; size of a micro-batch and
-    recompute with each."""
+    """Every legal layout of `world` GPUs, with every size of a micro-batch and every recompute."""
+    return (plan(one, gpu, one.parallel.data or 1) for one in _legal(config, world))
+
+
+def _legal(config: Config, world: int) -> Iterator[Config]:
+    """tensor, context and pipeline in powers of two, and the rest copies of the model."""
     parallel, training = config.parallel, config.training
     node, layers = gpus_per_node(config), config.model.num_layers
-    rows = list(_powers(training.micro_batch_size))
     recomputes = dict.fromkeys((training.recompute, "none", "selective", "full"))
-    for tensor in _powers(min(node, world)):
-        for context in _powers(world // tensor):
-            for pipeline in _powers(min(layers, world // tensor // context)):
-                copies, rest = divmod(world, tensor * context * pipeline)
-                if rest:
-                    continue
-                split = replace(
-                    parallel, tensor=tensor, context=context, pipeline=pipeline, virtual=1, layers=None, data=copies
-                )
-                for size in rows:
-                    for recompute in recomputes:
-                        changed = replace(training, micro_batch_size=size, recompute=recompute)
-                        candidate = replace(config, parallel=split, training=changed)
-                        try:
-                            validate_layout(candidate)
-                            validate_batch(candidate, copies)
-                            yield plan(candidate, gpu, copies)
-                        except ConfigError:
-                            continue
+    for tensor, context, pipeline, rows, recompute in product(
+        _powers(min(node, world)), _powers(world), _powers(layers), _powers(training.micro_batch_size), recomputes
+    ):
+        copies, rest = divmod(world, tensor * context * pipeline)
+        if rest or not copies:
+            continue
+        split = replace(
+            parallel, tensor=tensor, context=context, pipeline=pipeline, virtual=1, layers=None, data=copies
+        )
+        changed = replace(training, micro_batch_size=rows, recompute=recompute)
+        candidate = replace(config, parallel=split, training=changed)
+        try:
+            validate_layout(candidate)
+            validate_batch(candidate, copies)
+            check(candidate)
+        except ConfigError:
+            continue
+        yield candidate
 
 
 def search(config: Config, world: int, gpu: Gpu, most: int = 10) -> list[tuple[Plan, Estimate]]:
@@ -226,12 +229,13 @@ def search(config: Config, world: int, gpu: Gpu, most: int = 10) -> list[tuple[P
 
 def nearest(config: Config, world: int, gpu: Gpu) -> Plan | None:
     """The legal layout of as many GPUs that fits and changes least; of several the fastest."""
-    fitting = [one for one in layouts(config, world, gpu) if one.fits]
-    if not fitting:
-        return None
-    least = min(_distance(config, one.config) for one in fitting)
-    near = [one for one in fitting if _distance(config, one.config) == least]
-    return min(near, key=lambda one: one.estimate().step_s.slow)
+    near = sorted(_legal(config, world), key=lambda one: _distance(config, one))
+    for _, equally_near in groupby(near, key=lambda one: _distance(config, one)):
+        found = [plan(one, gpu, one.parallel.data or 1) for one in equally_near]
+        fitting = [one for one in found if one.fits]
+        if fitting:
+            return min(fitting, key=lambda one: one.estimate().step_s.slow)
+    return None
 
 
 def overrides(old: Config, new: Config) -> list[str]:
