@@ -260,7 +260,9 @@ def _segments(place: Place, chunk: int, tokens: int, rows: int) -> int:
 
 
 def persistent_memory(place: Place) -> Kept:
-    """The state after the persistent tokens, with which every sequence begins: that of one row."""
+    """What every sequence begins with, of one row: the state after the persistent tokens, and that before them."""
     one = place.state // place.rows
     is_copied = place.rows > 1 and place.config.model.persistent_tokens
-    return Kept(states=one if is_copied else 0)
+    # The learned weights in float32, and no momentum yet.
+    is_converted = place.width < FLOAT32 and place.config.model.persistent_tokens
+    return Kept(states=one * (bool(is_copied) + bool(is_converted)))

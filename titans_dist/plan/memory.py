@@ -46,9 +46,11 @@ def memory_of(config: Config, data_size: int, stage: int = 0, share: int = 0) ->
     kept = _in_flight(place)
     logits = 0
     if any(is_last for _, _, is_last in place.own):
-        # float32, and beside them those in the model's precision until they are converted, and their gradient after.
+        # float32, and beside them those in the model's precision until they are converted, and their gradient after;
+        # the norm before the head, its output, and what says which token was the target.
         width = FLOAT32 + (place.width if place.width < FLOAT32 else 0)
         logits = place.positions * config.model.vocab_size // config.parallel.tensor * width
+        logits += place.norm(place.sequence) + place.full + 9 * place.positions
     return Memory(parameters, gradients, optimizer, kept.activations, kept.states, logits)
 
 
@@ -128,15 +130,11 @@ def _in_flight(place: Place) -> Kept:
     config = place.config
     one = block(place, config.training.recompute)
     total = Kept()
-    for (blocks, is_first, is_last), count in zip(place.own, in_flight(place), strict=True):
+    for (blocks, is_first, _), count in zip(place.own, in_flight(place), strict=True):
         each = one.times(blocks)
         if is_first:
             each += Kept(activations=8 * place.positions)
-        if is_last:
-            # The head's input, before and after its norm, and what says which token was the target.
-            head = place.sequence + place.norm(place.sequence) + place.full
-            each += Kept(activations=head + 9 * place.positions)
-        if config.parallel.pipeline > 1 and not is_last:
-            each += Kept(activations=place.sequence)  # sent, and kept until the micro-batch is done
+        # What the head reads; or what is sent, and kept until the micro-batch is done.
+        each += Kept(activations=place.sequence)
         total += each.times(count)
     return total
