@@ -105,7 +105,7 @@ def bound(found: Plan) -> str:
         name = max(parts, key=lambda key: parts[key])
         where = f" of stage {worst.stage}" if len(found.stages) > 1 else ""
         over = worst.peak() - found.gpu.memory_bytes
-        return f"memory: {over / 1e9:.1f} GB too much; the largest part are {parts[name] / 1e9:.1f} GB of {name}{where}"
+        return f"memory: {over / 1e9:.1f} GB too much; the largest part is {parts[name] / 1e9:.1f} GB of {name}{where}"
     time = found.estimate()
     parts_s = {one.kind: one.seconds.slow for one in time.messages}
     middle = sqrt(time.compute_s.slow * time.compute_s.fast)
