@@ -67,6 +67,26 @@ def test_a_shorter_share_of_the_sequence_keeps_less() -> None:
     assert share.optimizer * 8 == pytest.approx(whole.optimizer, rel=0.001)  # shares are copies of the model
 
 
+def test_a_ring_keeps_the_state_it_hands_on_and_heads_share_the_states_out() -> None:
+    config = wide("lmm", blocks=1)
+    config.data.sequence_length = 2048
+    one = memory_of(config, 1)
+    ring, heads = split(config, context=2), split(config, context=2)
+    ring.parallel.context_mode, heads.parallel.context_mode = "ring", "heads"
+    state = Place(config, 1, 0, 0).state
+    begins = one.states - 5 * state  # four groups, and what a document would begin with
+    assert memory_of(heads, 1).states - begins == 5 * state // 2
+    assert memory_of(ring, 1).states - begins == (2 + 1 + 1) * state
+
+
+def test_full_recompute_keeps_what_goes_round_a_ring() -> None:
+    config = split(wide("lmm"), context=2)
+    config.training.recompute, config.parallel.context_mode = "full", "heads"
+    by_heads = memory_of(config, 1)
+    config.parallel.context_mode = "ring"
+    assert memory_of(config, 1).activations > by_heads.activations
+
+
 def test_1f1b_has_as_many_micro_batches_in_flight_as_there_are_stages_from_here_on() -> None:
     config = split(wide(), pipeline=4)
     assert [in_flight(Place(config, 1, stage, 0)) for stage in range(4)] == [[4], [3], [2], [1]]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from math import ceil
 
+from titans_dist.config.layout import context_mode, uses_ring
 from titans_dist.config.sizes import memory_weights
 from titans_dist.plan.parameters import learned_gates
 from titans_dist.plan.place import FLOAT32, GROUP_TOKENS, HIDDEN_KINDS, WORKSPACE_BYTES, Place, no_memory_kernels
@@ -34,11 +35,7 @@ class Kept:
 def block(place: Place, recompute: str) -> Kept:
     """Of one block."""
     if recompute == "full":
-        kept = Kept(place.sequence)
-        if place.config.model.has_memory and not has_kernels(place):
-            # A group of chunks is a checkpoint inside that of the block, whose arguments are kept all the same.
-            kept += Kept(3 * place.mine32) + _states_between(place)
-        return kept
+        return Kept(place.sequence) + _in_spite_of_recompute(place)
     mlp = 4 * place.positions * place.config.model.mlp_size // place.config.parallel.tensor * place.width
     # Twice the residual stream, its norm, and the norm's output, which is the input of a region.
     outside = 2 * (place.sequence + place.norm(place.sequence) + place.full) + mlp
@@ -109,6 +106,19 @@ _MIXERS = {
 }
 
 
+def _in_spite_of_recompute(place: Place) -> Kept:
+    """What is kept of a block that is worked out again: what goes round a ring, and what the groups of chunks begin
+    with in torch, which are checkpoints inside that of the block."""
+    goes_round = uses_ring(place.config)
+    if goes_round and place.config.model.variant == "mac":
+        return _memory_as_context(place, "selective")
+    kept = _round_the_ring(place) if goes_round else Kept()
+    is_torch = place.config.model.has_memory and not has_kernels(place)
+    if is_torch:
+        kept += Kept(3 * place.mine32)
+    return kept + _states_between(place) if goes_round or is_torch else kept
+
+
 def _states_between(place: Place) -> Kept:
     """Gates and states that lie between the groups of chunks; and what the persistent tokens are read by."""
     model, segments = place.config.model, 1
@@ -117,6 +127,11 @@ def _states_between(place: Place) -> Kept:
     found = _inner_memory(place, "selective", model.memory.chunk_size, place.tokens, place.rows)
     begin = Kept(states=place.state // place.rows if model.persistent_tokens else 0)
     return found.times(segments) + begin
+
+
+def _round_the_ring(place: Place) -> Kept:
+    """Copies of what each group works on and gives, and the state that it hands on."""
+    return Kept(5 * place.mine, place.state)
 
 
 def _one_segment(place: Place) -> Place:
@@ -174,7 +189,9 @@ def _neural_memory(place: Place, recompute: str) -> Kept:
     around += _gated(place)
     if memory.is_tnt:
         return Kept(around + 3 * place.mine) + _tnt(place, recompute)
-    return Kept(around) + _inner_memory(place, recompute, memory.chunk_size, place.tokens, place.rows)
+    found = Kept(around) + _inner_memory(place, recompute, memory.chunk_size, place.tokens, place.rows)
+    goes_round = uses_ring(place.config) and place.config.model.variant != "mac"
+    return found + _round_the_ring(place) if goes_round else found
 
 
 def _gated(place: Place) -> int:
@@ -210,6 +227,8 @@ def _inner_memory(place: Place, recompute: str, chunk: int, tokens: int, rows: i
     gates = learned_gates(model) * (of_gate + low_rank) + of_gate
     gates += place.per_head if memory.choice("bias") == "huber" else 0
     state = place.state // place.rows * rows
+    if place.config.parallel.context > 1 and context_mode(place.config) == "heads":  # whole sequences of some heads
+        tokens, state = tokens * place.config.parallel.context, state // place.config.parallel.context
     if place.is_gpu and no_memory_kernels(replace(memory, chunk_size=chunk), model.head_dim, place.width) is None:
         raw = place.mine if memory.choice("residual") else 0
         if recompute != "none":
