@@ -46,7 +46,7 @@ def optimizer_sharded_state(
     """
     with contextlib.ExitStack() as stack:
         for part in _parts(optimizer):
-            _make_missing_state(part)
+            make_missing_state(part)
             stack.enter_context(_stand_in_for_empty_shard(part))
             if isinstance(part, DistributedOptimizer):
                 stack.enter_context(_own_ranges(part))
@@ -68,7 +68,7 @@ def load_optimizer_state(optimizer: MegatronOptimizer, loaded: dict[str, Any]) -
     """Take over what was loaded into ``optimizer_sharded_state(..., is_loading=True)``."""
     with contextlib.ExitStack() as stack:
         for part in _parts(optimizer):
-            _make_missing_state(part)
+            make_missing_state(part)
             if isinstance(part, DistributedOptimizer):
                 stack.enter_context(_own_ranges(part))
         stack.enter_context(cpu_device_mode())
@@ -83,7 +83,7 @@ def _parts(optimizer: MegatronOptimizer) -> list[Any]:
     return [part for part in parts if isinstance(part.optimizer, torch.optim.Adam | torch.optim.AdamW)]
 
 
-def _make_missing_state(part: Any) -> None:
+def make_missing_state(part: Any) -> None:
     """Mend 1: bit by bit what ``torch.optim.Adam`` would make in its first step."""
     for group in part.optimizer.param_groups:
         for parameter in group["params"]:

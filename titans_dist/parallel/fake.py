@@ -1,0 +1,339 @@
+"""What a rank of a layout needs, measured without its machines: the training step itself on tensors without numbers.
+
+The engine that trains is built for one rank and makes a step under torch's FakeTensorMode, with torch's fake process
+group in the place of all other ranks: the same stage, buckets, optimizer, schedule and collectives, and no formula.
+What cannot be as in training:
+
+* A number that Python asks a tensor for (the loss, whether a document begins) is 1. So in packed rows a document
+  begins in every group of chunks, which is the most that can happen.
+* The norm of the gradients is 1 as well: megatron-core reads it from lists of tensors, which fakes cannot be.
+* The memory is in its torch form; Triton's kernels are not run on fakes. On GPUs they keep less.
+* The tensors are fakes of the CPU. Attention is torch's fused kernel there, which keeps what those on GPUs keep; what
+  an allocator rounds up is not seen.
+* Of what ranks say to each other at the start, every other one says the same as this one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import lcm
+from multiprocessing import get_context
+from typing import Any
+from unittest import mock
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import finalize_model_grads
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+from titans_dist.config import Config, ConfigError
+from titans_dist.config.layout import check_world, parts, world_size
+from titans_dist.memory.chunked import group_chunks
+from titans_dist.parallel.communication import Communication, Sent, count_communication
+from titans_dist.parallel.engine import Engine
+from titans_dist.parallel.fake_processes import FakeTensors, fake_processes
+from titans_dist.parallel.live import Live, states_marked
+from titans_dist.parallel.optimizer_state import make_missing_state
+from titans_dist.parallel.stage import MicroBatch
+from titans_dist.plan.memory import Memory
+
+_aten = torch.ops.aten
+# torch counts those of GPUs alone.
+_FLOPS: dict[Any, Any] = {
+    **flop_registry,
+    _aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(
+        q.shape, k.shape, v.shape
+    ),
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad.shape, q.shape, k.shape, v.shape)
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one rank has and does in one step of `micro_batches` micro-batches."""
+
+    memory: Memory
+    """What is kept. The activations: all that is there when the last forward pass in flight ends, or reaches the head,
+    but for the states of memories. The logits: the most there is beyond that until the head's backward pass is done."""
+    others: int
+    """Bytes of what else is there between two steps: constants of layers, flags."""
+    peak: int
+    """The most bytes that are there at once, temporary ones as well."""
+    parameters: int
+    """Elements of this rank's parameters, without padding."""
+    flops: float
+    """Of the products in the forward and backward pass of one micro-batch, with what is recomputed."""
+    micro_batches: int
+    """As many as are in flight on this stage."""
+    sent: Communication
+    """What this rank sends."""
+
+
+def measured(config: Config, rank: int, sampled: bool = True) -> Measured:
+    """Build and run one rank of the layout of `config`; in a process without process groups, of which it makes fakes.
+
+    sampled: of blocks, of many micro-batches in flight, and of long sequences without full attention, one and two are
+    run (of tokens: the least that are whole groups of chunks, windows and segments), and what all need follows in a
+    straight line. Parameters, gradients, optimizer and what is sent once a step are always of the whole.
+    Raises ConfigError for training.engine=deepspeed, and for a rank that the layout does not have.
+    """
+    world = world_size(config.parallel)
+    if config.training.engine != "megatron":
+        raise ConfigError("training.engine=deepspeed is not measured on fake tensors; use training.engine=megatron")
+    if not 0 <= rank < world:
+        raise ConfigError(f"rank {rank} is none of the layout's {world} processes; use 0 to {world - 1}")
+    check_world(config, world)
+    config = _in_torch(config)
+    with fake_processes(config.parallel, rank, world), FakeTensors(allow_non_fake_inputs=True):
+        passes = _in_lines(config, _axes(config) if sampled else [])
+        with _built(config) as engine:
+            return engine.with_passes(passes, _in_flight(config))
+
+
+def measured_apart(config: Config, rank: int, sampled: bool = True) -> Measured:
+    """`measured` in a fresh process, which leaves this one without megatron-core's global state."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(measured, config, rank, sampled).result()
+
+
+# One engine
+
+
+@dataclass
+class _Built:
+    """A real engine of fake tensors, with its optimizer's state."""
+
+    engine: Engine
+    live: Live
+    memory: Memory
+    """Between two steps."""
+    others: int
+
+    def passes(self, config: Config) -> Numbers:
+        """One step, but for what is done once however many micro-batches there are."""
+        batches = _batches(config)
+        watch = _Watch(self.live, self.engine)
+        self.live.restart()
+        with count_communication() as sent, _Flops() as flops:
+            self.engine.step(batches)
+        grown = self.live.peak - self.others - self.memory.total()
+        found: Numbers = {**watch.found(), "grown": grown, "flops": flops.total}
+        once = self.once()
+        for key, all_ in sent.counts.items():
+            last = once.counts.get(key, Sent())
+            found["calls", key] = all_.calls - last.calls
+            found["bytes", key] = all_.size_bytes - last.size_bytes
+        return found
+
+    def once(self) -> Communication:
+        """Sum the gradients over processes, update, and hand parameters on: what is done once a step."""
+        for module in self.engine.modules:
+            module.zero_grad_buffer()
+        with count_communication() as sent:
+            for module in self.engine.modules:
+                module.start_grad_sync()
+            finalize_model_grads(list(self.engine.modules))
+            self.engine._update(self.engine._grad_norm())
+        return sent
+
+    def with_passes(self, passes: Numbers, micro_batches: int) -> Measured:
+        """The whole step, whose passes need so much."""
+        self.live.restart()
+        sent = self.once()
+        kept = {name: round(passes[name]) for name in ("activations", "states", "logits")}
+        memory = dataclasses.replace(self.memory, **kept)
+        peak = max(self.live.peak, self.others + max(memory.total(), self.memory.total() + round(passes["grown"])))
+        for key in [key for what, key in filter(_is_sent, passes) if what == "calls"]:
+            last = sent.counts.get(key, Sent())
+            calls, size = round(passes["calls", key]), passes["bytes", key]
+            sent.counts[key] = Sent(last.calls + calls, last.size_bytes + size)
+        elements = sum(x.numel() for stage in self.engine.stages for x in stage.parameters())
+        flops = passes["flops"] / micro_batches
+        return Measured(memory, self.others, peak, elements, flops, micro_batches, sent)
+
+
+@contextmanager
+def _built(config: Config) -> Iterator[_Built]:
+    with Live() as live, states_marked(live):
+        engine = Engine(config, torch.device("cpu"))
+        gc.collect()  # of what was made on the way
+        for part in engine.optimizer.chained_optimizers:
+            make_missing_state(part)
+        # Read from lists of tensors; see the module's text.
+        with mock.patch.object(engine.optimizer, "get_grad_norm", lambda: 1.0):
+            parameters = [x for stage in engine.stages for x in stage.parameters()]
+            gradients = [x.main_grad for x in parameters]
+            adams = [part.optimizer for part in engine.optimizer.chained_optimizers]
+            state = [x for adam in adams for values in adam.state.values() for x in values.values()]
+            mains = [x for adam in adams for group in adam.param_groups for x in group["params"]]
+            own = live.of(parameters)
+            optimizer = live.of([*parameters, *state, *mains]) - own  # in float32 the main weights are the parameters
+            memory = Memory(own, live.of(gradients), optimizer, 0, 0, 0)
+            yield _Built(engine, live, memory, live.now - memory.total())
+
+
+class _Watch:
+    """Looks at what is kept whenever a forward pass has ended, or has reached the head."""
+
+    def __init__(self, live: Live, engine: Engine) -> None:
+        self.live, self.before = live, live.now
+        self.kept = self.states = self.logits = 0
+        self._at_head: int | None = None
+        forward = engine._forward
+        for stage in engine.stages:
+            if stage.post_process:
+                stage.model.norm.register_forward_pre_hook(self._reach_head)
+
+        def watched(batches: Any, module: nn.Module) -> Any:
+            result = forward(batches, module)
+            if self._at_head is None:
+                self._look()
+            return result
+
+        engine._forward = watched  # type: ignore[method-assign]
+
+    def found(self) -> dict[str, int]:
+        """Of `Memory`, what is not there between two steps."""
+        return {"activations": self.kept - self.states, "states": self.states, "logits": self.logits}
+
+    def _look(self) -> None:
+        if self.live.now - self.before > self.kept:
+            self.kept, self.states = self.live.now - self.before, self.live.states()
+
+    def _reach_head(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        self._look()
+        self._at_head, self._peak = self.live.now, self.live.peak
+        self.live.restart()
+        args[0].register_hook(self._leave_head)
+
+    def _leave_head(self, grad: Tensor) -> None:
+        assert self._at_head is not None
+        self.logits = max(self.logits, self.live.peak - self._at_head)
+        self.live.peak, self._at_head = max(self.live.peak, self._peak), None
+
+
+def _in_flight(config: Config) -> int:
+    """Micro-batches that are in flight on this stage with 1F1B; twice as many as stages are enough if interleaved."""
+    training, parallel = config.training, config.parallel
+    stage = parallel_state.get_pipeline_model_parallel_rank()
+    most = parallel.pipeline - stage if parallel.virtual == 1 else 2 * parallel.pipeline
+    copies = parallel_state.get_data_parallel_world_size()
+    return int(min(most, training.global_batch_size // training.micro_batch_size // copies))
+
+
+def _batches(config: Config) -> list[MicroBatch]:
+    rows, length = config.training.micro_batch_size, config.data.sequence_length
+    batch = {"tokens": torch.zeros(rows, length + 1, dtype=torch.int64)}
+    if config.data.documents == "packed":
+        batch["starts"] = torch.zeros(rows, length, dtype=torch.bool)
+    return [batch] * _in_flight(config)
+
+
+class _Flops(TorchDispatchMode):
+    """torch's FlopCounterMode without its look for what a call decomposes into: autograd's calls are single already."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        count = _FLOPS.get(func._overloadpacket)
+        if count is not None:
+            self.total += count(*args, **kwargs, out_val=result)
+        return result
+
+
+# Straight lines
+
+Numbers = dict[Any, float]
+"""What forward and backward passes need, by its name; of what is sent by ("calls" or "bytes", (kind, operation))."""
+_Axis = tuple[Callable[[Config, int], Config], float]
+"""The configuration with 1, 2, ... of something, and how many there really are."""
+
+
+def _in_lines(config: Config, axes: list[_Axis]) -> Numbers:
+    """Passes with the number on every axis, of which one and two are run."""
+    if not axes:
+        with _built(config) as engine:
+            return engine.passes(config)
+    (change, count), *others = axes
+    one, two = (_in_lines(change(config, number), others) for number in (1, 2))
+    return {key: one.get(key, 0) + (count - 1) * (two.get(key, 0) - one.get(key, 0)) for key in one | two}
+
+
+def _axes(config: Config) -> list[_Axis]:
+    """What there are more of than are worth running."""
+    axes: list[_Axis] = []
+    parallel = config.parallel
+    stage, in_flight = parallel_state.get_pipeline_model_parallel_rank(), _in_flight(config)
+    own = [len(part) for part in parts(parallel, config.model.num_layers)[stage :: parallel.pipeline]]
+    if max(own) > 2:
+        axes.append((_with_blocks, sum(own) / len(own)))
+    if in_flight > 3 and parallel.virtual == 1:
+        axes.append((_with_micro_batches, in_flight))
+    unit = _unit(config)
+    if config.model.variant != "transformer" and config.data.sequence_length > 4 * unit:
+        axes.append(
+            (lambda settings, number: _with_tokens(settings, number * unit), config.data.sequence_length / unit)
+        )
+    return axes
+
+
+def _unit(config: Config) -> int:
+    """Tokens of a sequence that are whole groups of chunks, windows and segments on every process."""
+    model, parallel = config.model, config.parallel
+    whole = [parallel.tensor]
+    if model.variant in ("swa", "mag", "mal"):
+        whole.append(model.window)
+    if model.variant == "mac":
+        whole.append(model.segment_length)
+    if model.has_memory:
+        memory = model.memory
+        sizes = [memory.chunk_size, *([memory.global_chunk_size] if memory.global_chunk_size else [])]
+        whole += [group_chunks(size) * size for size in sizes]
+        whole += [memory.shard_size] if memory.is_tnt else []
+    return parallel.context * lcm(*whole)
+
+
+def _with_blocks(config: Config, blocks: int) -> Config:
+    count = config.parallel.pipeline * config.parallel.virtual
+    model = dataclasses.replace(
+        config.model, num_layers=count * blocks, intermediate_size=config.model.mlp_size, parameters=None
+    )
+    return dataclasses.replace(config, model=model, parallel=dataclasses.replace(config.parallel, layers=None))
+
+
+def _with_micro_batches(config: Config, number: int) -> Config:
+    copies = parallel_state.get_data_parallel_world_size()
+    size = number * config.training.micro_batch_size * copies
+    return dataclasses.replace(config, training=dataclasses.replace(config.training, global_batch_size=size))
+
+
+def _with_tokens(config: Config, length: int) -> Config:
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, sequence_length=length))
+
+
+def _is_sent(key: Any) -> bool:
+    return isinstance(key, tuple)
+
+
+def _in_torch(config: Config) -> Config:
+    """The same without kernels, and without a compiler."""
+    memory = dataclasses.replace(config.model.memory, backend="torch")
+    training = dataclasses.replace(config.training, device="cpu")
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, memory=memory), training=training)
