@@ -82,7 +82,7 @@ def measured(config: Config, rank: int, sampled: bool = True) -> Measured:
     """Build and run one rank of the layout of `config`; in a process without process groups, of which it makes fakes.
 
     sampled: of blocks, of many micro-batches in flight, and of long sequences without full attention, one and two are
-    run (of tokens: the least that are whole groups of chunks, windows and segments), and what all need follows in a
+    run (of tokens: two and three whole groups of chunks, windows and segments), and what all need follows in a
     straight line. Parameters, gradients, optimizer and what is sent once a step are always of the whole.
     Raises ConfigError for training.engine=deepspeed, and for a rank that the layout does not have.
     """
@@ -286,11 +286,10 @@ def _axes(config: Config) -> list[_Axis]:
         axes.append((_with_blocks, sum(own) / len(own)))
     if in_flight > 3 and parallel.virtual == 1:
         axes.append((_with_micro_batches, in_flight))
-    unit = _unit(config)
-    if config.model.variant != "transformer" and config.data.sequence_length > 4 * unit:
-        axes.append(
-            (lambda settings, number: _with_tokens(settings, number * unit), config.data.sequence_length / unit)
-        )
+    unit, length = _unit(config), config.data.sequence_length
+    if config.model.variant != "transformer" and length > 5 * unit:
+        # Two and three, as one window by itself is another case.
+        axes.append((lambda settings, number: _with_tokens(settings, (number + 1) * unit), length / unit - 1))
     return axes
 
 
