@@ -118,11 +118,14 @@ def real(rank: int, world: int, settings: Config) -> Real:
         ("mac", {"recompute": "none"}),
         ("memora", {"precision": "float32"}),
         ("lmm", {"recompute": "full"}),
+        ("lmm", {"length": 1024}),  # two groups of chunks
         ("transformer", {}),
     ],
 )
-def test_fakes_need_what_real_tensors_need(name: str, changes: dict[str, str]) -> None:
+def test_fakes_need_what_real_tensors_need(name: str, changes: dict[str, Any]) -> None:
     settings = of(name, num_layers=2, **changes)
+    if settings.data.sequence_length > 512:
+        settings.model.memory.chunk_size = 256
     settings.training.global_batch_size = settings.training.micro_batch_size
     (right,) = run_distributed(real, 1, settings)
     (found,) = apart(fakes, settings, [0])
