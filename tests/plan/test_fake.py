@@ -145,7 +145,7 @@ def test_fakes_need_what_real_tensors_need(name: str, changes: dict[str, Any]) -
     [
         ("mag", {"tensor": 2, "data": 2}),
         ("mal", {"tensor": 2, "pipeline": 2}),
-        ("lmm", {"context": 2, "pipeline": 2}),
+        ("mag", {"context": 2, "pipeline": 2}),
         ("mac", {"context": 2}),
         ("transformer", {"pipeline": 2, "virtual": 2}),
     ],
