@@ -175,7 +175,7 @@ def material(folder: str) -> Material:
 
     datasets.config.HF_DATASETS_CACHE = Path(folder) / "cache"
     samples = Samples(Path(folder), {}, WORDS, None)  # type: ignore[arg-type]
-    return Material(samples, lambda start, count: torch.zeros(count), 0, folder)
+    return Material(samples, lambda start, count: torch.zeros(count), 0, task_folder=folder)
 
 
 def measure(rank: int, world: int, folder: str, asked: list[tuple[str, int, int]]) -> dict[tuple[str, int, int], Any]:

@@ -234,9 +234,6 @@ def test_what_follows_from_how_the_processes_end(
 @pytest.mark.parametrize(
     ("plan", "environment", "code", "is_requeued", "sentence"),
     [
-        # The processes stop by themselves when a save takes longer than what is left.
-        ("3", {"SLURM_JOB_END_TIME": f"{time.time() + 400:.0f}"}, 0, True, "ends with 3 and is requeued"),
-        ("3", {"SLURM_JOB_END_TIME": f"{time.time() + 4000:.0f}"}, 3, False, "was asked to stop, and has saved"),
         ("3:USR1", {"SLURM_RESTART_COUNT": "1"}, 0, True, "ends with 3 and is requeued"),
         ("3:USR1", {"SLURM_RESTART_COUNT": "2"}, 3, False, "ends with 3 and is not requeued: cluster.max_requeues=2"),
         # Slurm itself has requeued it once more.
@@ -248,6 +245,20 @@ def test_requeues_are_for_the_time_limit_and_are_counted(
 ) -> None:
     script = of_two_processes / "runs" / "mine" / "submit" / "job.sbatch"
     played = Played(of_two_processes, script, plan, **environment)
+    assert (played.code, played.is_requeued) == (code, is_requeued)
+    assert sentence in played.out
+
+
+@pytest.mark.parametrize(
+    ("left", "code", "is_requeued", "sentence"),
+    [(400, 0, True, "ends with 3 and is requeued"), (4000, 3, False, "was asked to stop, and has saved")],
+)
+def test_processes_that_stop_because_the_time_is_nearly_over_are_requeued(
+    of_two_processes: Path, left: int, code: int, is_requeued: bool, sentence: str
+) -> None:
+    """They stop by themselves when a save takes longer than the seconds that are left."""
+    script = of_two_processes / "runs" / "mine" / "submit" / "job.sbatch"
+    played = Played(of_two_processes, script, "3", SLURM_JOB_END_TIME=f"{time.time() + left:.0f}")
     assert (played.code, played.is_requeued) == (code, is_requeued)
     assert sentence in played.out
 
