@@ -73,11 +73,14 @@ def neural_memory(
     _check(q, k, v, spec, weights, alpha, eta, theta, delta, norm, starts, chunk_size, read, backend)
     accumulate = torch.promote_types(q.dtype, torch.float32)
     batch = q.shape[0]
-    begin = initial_state(spec, [w.to(accumulate) for w in weights], batch) if start is None else start
     for name, given in (("start", start), ("state", state)):
         if given is not None:
             _check_state(name, given, spec, q, chunk_size)
-    now = begin if state is None else state
+    if start is None and (state is None or starts is not None):
+        start = initial_state(spec, [w.to(accumulate) for w in weights], batch)
+    now = start if state is None else state
+    assert now is not None
+    begin = now if start is None else start  # without documents nothing begins anew
 
     def precise(x: Tensor | None) -> Tensor | None:
         return None if x is None else x.to(accumulate)
