@@ -34,7 +34,7 @@ SWITCHES = {
     "submit": {"--dry-run": "dry_run"},
     "evaluate": {"--follow": "follow"},
     "logs": {"--follow": "follow"},
-    "plan": {"--json": "as_json"},
+    "plan": {"--json": "as_json", "--verify": "verify"},
     "checkpoint convert": {"--read": "read"},
     "checkpoint prune": {"--dry-run": "dry_run"},
     "resume": {"--explain": "explain"},

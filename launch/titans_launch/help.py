@@ -129,11 +129,12 @@ Examples:
 
 Results: tables of samples (of many the first), stages and use; inspect.output=FILE.csv gets every sample.""",
     "plan": """\
-titans-dist plan [--json] [--search N] [--gpu NAME] [--picture FILE] [KEY=VALUE ...]
+titans-dist plan [--json] [--verify] [--search N] [--gpu NAME] [--picture FILE] [KEY=VALUE ...]
 
 Works out, from the configuration alone and within seconds: what each GPU holds, by pipeline stage; operations per
 token; what is sent, over which links; how long a step and the run take, as a range with what is assumed. What does not
-fit is told with the nearest layout of as many GPUs that does. --search lists the fastest layouts of N GPUs.
+fit is told with the nearest layout of as many GPUs that does. --search lists the fastest layouts of N GPUs. --verify
+runs the real model of one process of a stage, on tensors without numbers, and puts what it had and sent beside the plan.
 
 GPUs: a100, h100, h200, b200, mi300x, or a .yaml file like titans_dist/plan/hardware.yaml. How many: those of cluster,
 or as many as the layout has processes.
@@ -142,9 +143,9 @@ Examples:
   titans-dist plan experiment=titans_760m cluster=h100_4x8
   titans-dist plan experiment=titans_1b3 cluster=h100_4x8 data.sequence_length=1048576 parallel.context=32 --json
   titans-dist plan experiment=titans_760m --search 64 --gpu h200
-  titans-dist plan experiment=titans_340m --picture memory.png
+  titans-dist plan experiment=titans_340m --picture memory.png --verify
 
-Results: tables, or with --json all numbers; exit code 0 if it fits, 1 otherwise.""",
+Results: tables, or with --json all numbers; exit code 0 if it fits, 1 if not, or if --verify finds the plan off.""",
     "train": """\
 titans-dist train [KEY=VALUE ...]
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,8 @@ from rich.table import Table
 from titans_dist.config import Config, UserError
 from titans_dist.plan.fit import Plan, copies_of, layouts, nearest, plan, search
 from titans_dist.plan.hardware import gpu
-from titans_dist.plan.report import layout_row, report
+from titans_dist.plan.report import layout_row, place_of, rank_of, report
+from titans_dist.plan.truth import Compared, compare
 from titans_launch import tables
 
 PARTS = ("parameters", "gradients", "optimizer", "activations", "states", "logits", "workspace", "reserve")
@@ -19,21 +22,47 @@ SHOWN = 8
 """Nodes and stages that tables list; the rest is in --json."""
 
 
-def run(config: Config, as_json: bool = False) -> int:
-    """Print the plan; 0 if it fits, 1 if not. With plan.search the layouts of so many GPUs; 1 if none fits."""
+def run(config: Config, as_json: bool = False, verify: bool = False) -> int:
+    """Print the plan; 0 if it fits, 1 if not. With plan.search the layouts of so many GPUs; 1 if none fits.
+
+    verify: run the real model of a process on tensors without numbers, and show its figures beside the plan's; 1 as
+    well where the two are further apart than they may be.
+    """
     card = gpu(config.plan.gpu)
     if config.plan.search is not None:
         return _search(config, config.plan.search, as_json)
     found = plan(config, card, copies_of(config))
     near = None if found.fits else nearest(config, found.world, card)
     told = report(found, near)
+    verified = _verify(found) if verify else {}
+    holds = all(one.holds for compared in verified.values() for one in compared)
     if as_json:
+        told["verified"] = [
+            {"rank": rank, **asdict(one), "holds": one.holds} for rank, every in verified.items() for one in every
+        ]
         print(json.dumps(told, indent=2))
     else:
         _show(config, found, told)
+        _show_verified(found, verified)
     if config.plan.picture is not None:
         draw(told, found, Path(config.plan.picture))
-    return 0 if found.fits else 1
+    return 0 if found.fits and holds else 1
+
+
+def _verify(found: Plan) -> dict[int, list[Compared]]:
+    """By rank, of the stage that needs most, the first and the last: the plan's numbers and the real model's."""
+    from titans_dist.parallel.fake import measured_apart
+
+    config = found.config
+    stages = sorted({0, found.worst.stage, config.parallel.pipeline - 1})
+    ranks = [rank_of(found, stage) for stage in stages]
+    with ThreadPoolExecutor() as pool:
+        ran = [one.ran for one in pool.map(lambda rank: measured_apart(config, rank), ranks)]
+    share = config.parallel.context - 1
+    return {
+        rank: compare(config, found.copies, stage, share, one)
+        for rank, stage, one in zip(ranks, stages, ran, strict=True)
+    }
 
 
 def _search(config: Config, world: int, as_json: bool) -> int:
@@ -146,6 +175,27 @@ def _show_nodes(told: dict[str, Any]) -> None:
     rows = [(f"node {n['node']}", f"ranks {_between(*n['ranks'])}: {words(n)}") for n in told["ranks"][:SHOWN]]
     tables.show("ranks", rows)
     _rest(len(told["ranks"]), "nodes")
+
+
+def _show_verified(found: Plan, verified: dict[int, list[Compared]]) -> None:
+    for rank, every in verified.items():
+        stage = place_of(found, rank)["pipeline"]
+        title = f"rank {rank} of {found.world}, stage {stage}: the plan beside the real model, both in torch on a CPU"
+        table = Table(title=title, title_justify="left")
+        for name in ("", "plan", "real model", "difference", "limit"):
+            table.add_column(name, justify="right" if name else "left")
+        for one in every:
+            limit = "exact" if one.limit < 1e-6 else f"{one.limit:.0%}"
+            mark = "" if one.holds else " (!)"
+            table.add_row(one.what, *map(_number, (one.planned, one.real)), f"{one.difference:+.1%}{mark}", limit)
+        tables.console().print(table)
+    off = [one.what for every in verified.values() for one in every if not one.holds]
+    if off:
+        print(f"the plan is off: {', '.join(dict.fromkeys(off))}; trust the real model's numbers")
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value < 1e6 else f"{value / 1e6:,.1f} M"
 
 
 def _rest(count: int, what: str) -> None:

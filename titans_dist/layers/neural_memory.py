@@ -87,7 +87,7 @@ class NeuralMemory(nn.Module):
         inputs, begins = self._inputs(x), None if begin is None else begin.tails
         tails = self._before(inputs, state.tails, starts, begins)
         q, k, v, tails = self._project(inputs, tails, starts, begins)
-        start = None if begin is None else expand(begin.memory, batch)
+        start = None if begin is None or starts is None else expand(begin.memory, batch)
         y, memory = self.memory(x, q, k, v, state.memory, start, starts, clip)
         return self._gated(x, y), LayerState(tails, memory)
 

@@ -49,7 +49,8 @@ def dual_form(
 ) -> tuple[Tensor, MemoryState]:
     """y (B, T, H, D) and the state after token T. `norm`: (B H, 1, D) each. Time O(T chunk_size)."""
     batch, length, heads = tokens.q.shape[:3]
-    carry, start_slots = to_carry(state), to_carry(start).slots
+    carry = to_carry(state)
+    start_slots = carry.slots if start is state else to_carry(start).slots
     begins = None if tokens.starts is None else tokens.starts.any(0).tolist()
     outputs = []
     for begin, chunks, size in pieces(length, state.position, chunk_size):

@@ -43,6 +43,7 @@ from titans_dist.parallel.live import Live, states_marked
 from titans_dist.parallel.optimizer_state import make_missing_state
 from titans_dist.parallel.stage import MicroBatch
 from titans_dist.plan.memory import Memory
+from titans_dist.plan.truth import Ran, in_torch
 
 _aten = torch.ops.aten
 # torch counts those of GPUs alone.
@@ -77,13 +78,19 @@ class Measured:
     sent: Communication
     """What this rank sends."""
 
+    @property
+    def ran(self) -> Ran:
+        """What formulas are compared with."""
+        sent = {key: (one.calls, one.size_bytes) for key, one in self.sent.counts.items()}
+        return Ran(self.memory, self.peak - self.others, self.flops, self.micro_batches, sent)
+
 
 def measured(config: Config, rank: int, sampled: bool = True) -> Measured:
     """Build and run one rank of the layout of `config`; in a process without process groups, of which it makes fakes.
 
-    sampled: of blocks, of many micro-batches in flight, and of long sequences without full attention, one and two are
-    run (of tokens: two and three whole groups of chunks, windows and segments), and what all need follows in a
-    straight line. Parameters, gradients, optimizer and what is sent once a step are always of the whole.
+    sampled: of micro-batches in flight one is run, and of blocks and of long sequences without full attention one and
+    two (of tokens: two and three whole groups of chunks, windows and segments), and what all need follows in a straight
+    line. Parameters, gradients, optimizer and what is sent once a step are always of the whole.
     Raises ConfigError for training.engine=deepspeed, and for a rank that the layout does not have.
     """
     world = world_size(config.parallel)
@@ -92,9 +99,9 @@ def measured(config: Config, rank: int, sampled: bool = True) -> Measured:
     if not 0 <= rank < world:
         raise ConfigError(f"rank {rank} is none of the layout's {world} processes; use 0 to {world - 1}")
     check_world(config, world)
-    config = _in_torch(config)
+    config = in_torch(config)
     with fake_processes(config.parallel, rank, world), FakeTensors(allow_non_fake_inputs=True):
-        passes = _in_lines(config, _axes(config) if sampled else [])
+        passes = _in_lines(config, _axes(config) if sampled else [], sampled)
         with _built(config) as engine:
             return engine.with_passes(passes, _in_flight(config))
 
@@ -188,6 +195,7 @@ class _Watch:
         self.live, self.before = live, live.now
         self.kept = self.states = self.logits = 0
         self._at_head: int | None = None
+        live.settle()
         forward = engine._forward
         for stage in engine.stages:
             if stage.post_process:
@@ -266,13 +274,17 @@ _Axis = tuple[Callable[[Config, int], Config], float]
 """The configuration with 1, 2, ... of something, and how many there really are."""
 
 
-def _in_lines(config: Config, axes: list[_Axis]) -> Numbers:
+def _in_lines(config: Config, axes: list[_Axis], sampled: bool) -> Numbers:
     """Passes with the number on every axis, of which one and two are run."""
     if not axes:
-        with _built(config) as engine:
-            return engine.passes(config)
+        in_flight = _in_flight(config)
+        if not sampled or config.parallel.virtual > 1:  # interleaved, parts of a stage differ
+            with _built(config) as engine:
+                return engine.passes(config)
+        with _built(_with_one_micro_batch(config)) as engine:
+            return _times(engine.passes(_with_one_micro_batch(config)), in_flight)
     (change, count), *others = axes
-    one, two = (_in_lines(change(config, number), others) for number in (1, 2))
+    one, two = (_in_lines(change(config, number), others, sampled) for number in (1, 2))
     return {key: one.get(key, 0) + (count - 1) * (two.get(key, 0) - one.get(key, 0)) for key in one | two}
 
 
@@ -280,12 +292,10 @@ def _axes(config: Config) -> list[_Axis]:
     """What there are more of than are worth running."""
     axes: list[_Axis] = []
     parallel = config.parallel
-    stage, in_flight = parallel_state.get_pipeline_model_parallel_rank(), _in_flight(config)
+    stage = parallel_state.get_pipeline_model_parallel_rank()
     own = [len(part) for part in parts(parallel, config.model.num_layers)[stage :: parallel.pipeline]]
-    if max(own) > 2:
+    if max(own) > 3:
         axes.append((_with_blocks, sum(own) / len(own)))
-    if in_flight > 3 and parallel.virtual == 1:
-        axes.append((_with_micro_batches, in_flight))
     unit, length = _unit(config), config.data.sequence_length
     if config.model.variant != "transformer" and length > 5 * unit:
         # Two and three, as one window by itself is another case.
@@ -317,10 +327,16 @@ def _with_blocks(config: Config, blocks: int) -> Config:
     return dataclasses.replace(config, model=model, parallel=dataclasses.replace(config.parallel, layers=None))
 
 
-def _with_micro_batches(config: Config, number: int) -> Config:
-    copies = parallel_state.get_data_parallel_world_size()
-    size = number * config.training.micro_batch_size * copies
+def _with_one_micro_batch(config: Config) -> Config:
+    size = config.training.micro_batch_size * parallel_state.get_data_parallel_world_size()
     return dataclasses.replace(config, training=dataclasses.replace(config.training, global_batch_size=size))
+
+
+def _times(one: Numbers, in_flight: int) -> Numbers:
+    """Passes of so many micro-batches in flight, of those of one: each keeps, computes and sends the same."""
+    found = {key: value * (1 if key in ("logits", "grown") else in_flight) for key, value in one.items()}
+    found["grown"] += (in_flight - 1) * (one["activations"] + one["states"])
+    return found
 
 
 def _with_tokens(config: Config, length: int) -> Config:
@@ -329,10 +345,3 @@ def _with_tokens(config: Config, length: int) -> Config:
 
 def _is_sent(key: Any) -> bool:
     return isinstance(key, tuple)
-
-
-def _in_torch(config: Config) -> Config:
-    """The same without kernels, and without a compiler."""
-    memory = dataclasses.replace(config.model.memory, backend="torch")
-    training = dataclasses.replace(config.training, device="cpu")
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, memory=memory), training=training)

@@ -31,6 +31,7 @@ class Live(TorchDispatchMode):
         self.now = self.peak = 0
         self._storages: dict[int, tuple[Any, int]] = {}  # by their address
         self._states: set[int] = set()
+        self._settled: set[int] = set()
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -54,6 +55,10 @@ class Live(TorchDispatchMode):
         keys = {x.untyped_storage()._cdata for x in tensors if x is not None}
         return sum(self._storages[key][1] for key in keys if key in self._storages)
 
+    def settle(self) -> None:
+        """What is there now are no states, whatever `mark_states` says: the weights that a memory begins with."""
+        self._settled = set(self._storages)
+
     def states(self) -> int:
         """Bytes of all states of memories that are there."""
         return sum(self._storages[key][1] for key in self._states)
@@ -61,7 +66,7 @@ class Live(TorchDispatchMode):
     def mark_states(self, tensors: Iterable[Tensor]) -> None:
         """These are states of memories."""
         self._states.update(x.untyped_storage()._cdata for x in tensors)
-        self._states &= self._storages.keys()
+        self._states &= self._storages.keys() - self._settled
 
     def _see(self, storage: UntypedStorage) -> None:
         key = storage._cdata
@@ -72,6 +77,7 @@ class Live(TorchDispatchMode):
         def drop(_: Any) -> None:
             del self._storages[key]
             self._states.discard(key)
+            self._settled.discard(key)
             self.now -= size
 
         self._storages[key] = (weakref.ref(storage, drop), size)

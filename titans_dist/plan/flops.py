@@ -30,6 +30,10 @@ class Flops:
     def __add__(self, other: Flops) -> Flops:
         return Flops(self.matmul + other.matmul, self.attention + other.attention, self.memory + other.memory)
 
+    def times(self, factor: float) -> Flops:
+        """The same, `factor` times."""
+        return Flops(self.matmul * factor, self.attention * factor, self.memory * factor)
+
 
 def forward(config: Config) -> Flops:
     """Of the whole model, once forward: what the mathematics asks for."""
@@ -48,14 +52,21 @@ def training(config: Config) -> Flops:
 
 def performed(config: Config) -> Flops:
     """What is computed in training, masked keys and what is worked out again with it."""
+    block, head = performed_by(config)
+    return block.times(config.model.num_layers) + head
+
+
+def performed_by(config: Config) -> tuple[Flops, Flops]:
+    """`performed`, of one block and of the head."""
+    layers, head = config.model.num_layers, Flops(3 * _head(config.model), 0.0, 0.0)
     one = _forward(config, is_performed=True)
-    total = one + _backward(config, one)
+    block = (one + _backward(config, one) + head.times(-1)).times(1 / layers)
+    again = Flops((one.matmul - _head(config.model)) / layers, one.attention / layers, one.memory / layers)
     if config.training.recompute == "full":
-        head = 2.0 * config.model.hidden_size * config.model.vocab_size
-        return total + Flops(one.matmul - head, one.attention, 2 * one.memory)
+        return block + again + Flops(0.0, 0.0, again.memory), head
     if config.training.recompute == "selective":
-        return total + Flops(0.0, 0.0, one.memory)
-    return total
+        return block + Flops(0.0, 0.0, again.memory), head
+    return block, head
 
 
 def _backward(config: Config, one: Flops) -> Flops:
@@ -65,12 +76,15 @@ def _backward(config: Config, one: Flops) -> Flops:
 
 def _forward(config: Config, is_performed: bool) -> Flops:
     model, length = config.model, config.data.sequence_length
-    head = 2.0 * model.hidden_size * model.vocab_size
     keys = _keys(model, length, is_performed)
     attention = 4.0 * model.hidden_size * keys  # scores and their product with the values
     memory = memory_forward(model) if model.has_memory else 0.0
     layers = model.num_layers
-    return Flops(layers * 2.0 * _learned(model) + head, layers * attention, layers * memory)
+    return Flops(layers * 2.0 * _learned(model) + _head(model), layers * attention, layers * memory)
+
+
+def _head(model: ModelConfig) -> float:
+    return 2.0 * model.hidden_size * model.vocab_size
 
 
 def _learned(model: ModelConfig) -> float:

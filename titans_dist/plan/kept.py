@@ -91,6 +91,8 @@ def _memory_as_context(place: Place, recompute: str) -> Kept:
     if has_kernels(place):  # the state after a segment, which the next one's queries read, is there beside its copy
         slots = 2 if model.memory.choice("momentum") else 1
         written += Kept(states=place.state // slots * segments)
+    if uses_ring(place.config):
+        written += Kept(states=_handed_on(place))
     # Of more than one sequence a segment is no piece of memory: each plain linear layer makes a copy of its own.
     copies = 5 * place.full if place.rows > 1 and place.config.parallel.tensor == 1 else 0
     outside = query + found + gated + norms + attention + _gate_of_two(place) + copies
@@ -130,8 +132,13 @@ def _states_between(place: Place) -> Kept:
 
 
 def _round_the_ring(place: Place) -> Kept:
-    """Copies of what each group works on and gives, and the state that it hands on."""
-    return Kept(5 * place.mine, place.state)
+    """Copies of what each group works on and gives, and the state that it begins with."""
+    return Kept(5 * place.mine, _handed_on(place))
+
+
+def _handed_on(place: Place) -> int:
+    """Bytes of the state that the process before has sent; the first one has that of one row, which all begin with."""
+    return place.state if place.share else place.state // place.rows
 
 
 def _one_segment(place: Place) -> Place:
@@ -189,9 +196,23 @@ def _neural_memory(place: Place, recompute: str) -> Kept:
     around += _gated(place)
     if memory.is_tnt:
         return Kept(around + 3 * place.mine) + _tnt(place, recompute)
-    found = Kept(around) + _inner_memory(place, recompute, memory.chunk_size, place.tokens, place.rows)
+    runs = 1
+    if place.config.parallel.context > 1 and context_mode(place.config) == "scan":
+        around, runs = around + _by_scan(place), 2 + memory.choice("momentum")
+    found = Kept(around) + _inner_memory(place, recompute, memory.chunk_size, place.tokens, place.rows * runs)
     goes_round = uses_ring(place.config) and place.config.model.variant != "mac"
     return found + _round_the_ring(place) if goes_round else found
+
+
+def _by_scan(place: Place) -> int:
+    """Copies of q, k and v for each run, what the runs from the unit states give, and every share's affine map."""
+    slots = 2 if place.config.model.memory.choice("momentum") else 1
+    is_upcast = not has_kernels(place) and place.width < FLOAT32  # then the copies replace others
+    copies = 3 * place.mine32 * slots if is_upcast else 3 * place.mine * (1 + slots)
+    dim = place.config.model.head_dim
+    rows = slots * dim
+    maps = place.config.parallel.context * place.rows * place.heads * rows * (rows + dim) * FLOAT32
+    return copies + slots * place.mine32 + maps
 
 
 def _gated(place: Place) -> int:
@@ -226,9 +247,13 @@ def _inner_memory(place: Place, recompute: str, chunk: int, tokens: int, rows: i
     low_rank = place.positions * memory.gate_rank * place.width if memory.channel_wise else 0
     gates = learned_gates(model) * (of_gate + low_rank) + of_gate
     gates += place.per_head if memory.choice("bias") == "huber" else 0
-    state = place.state // place.rows * rows
+    state, begin = place.state // place.rows * rows, 0
     if place.config.parallel.context > 1 and context_mode(place.config) == "heads":  # whole sequences of some heads
         tokens, state = tokens * place.config.parallel.context, state // place.config.parallel.context
+        if rows == 1 and model.persistent_tokens:  # of what all heads begin with, the rest is there as well
+            begin = place.state // place.rows - state
+    if rows > 1 and place.config.data.documents == "packed":  # what a document begins with is a copy for each sequence
+        begin += state
     if place.is_gpu and no_memory_kernels(replace(memory, chunk_size=chunk), model.head_dim, place.width) is None:
         raw = place.mine if memory.choice("residual") else 0
         if recompute != "none":
@@ -238,11 +263,10 @@ def _inner_memory(place: Place, recompute: str, chunk: int, tokens: int, rows: i
     group = max(1, GROUP_TOKENS // chunk) * chunk
     groups = ceil(tokens / group)
     if recompute != "none":
-        # What a document would begin with is a copy for each sequence.
-        return Kept(gates, (groups + (rows > 1)) * state)
+        return Kept(gates, groups * state + begin)
     numbers, states = _traced(place, chunk)
     inner = int(numbers * place.per_head)
-    return Kept(gates + inner, (states * ceil(tokens / chunk) + groups) * state, inner)
+    return Kept(gates + inner, (states * ceil(tokens / chunk) + groups) * state + begin, inner)
 
 
 def _traced(place: Place, chunk: int) -> tuple[float, int]:
@@ -280,8 +304,11 @@ def _segments(place: Place, chunk: int, tokens: int, rows: int) -> int:
 
 def persistent_memory(place: Place) -> Kept:
     """What every sequence begins with, of one row: the state after the persistent tokens, and that before them."""
-    one = place.state // place.rows
-    is_copied = place.rows > 1 and place.config.model.persistent_tokens
-    # The learned weights in float32, and no momentum yet.
-    is_converted = place.width < FLOAT32 and place.config.model.persistent_tokens
-    return Kept(states=one * (bool(is_copied) + bool(is_converted)))
+    one, model = place.state // place.rows, place.config.model
+    if not model.persistent_tokens:
+        return Kept()
+    # The learned weights, copied where they are to be float32, and no momentum yet.
+    weights = memory_weights(model.memory, model.head_dim) * place.heads * FLOAT32
+    begin = one if place.width < FLOAT32 else one - weights
+    is_copied = place.rows > 1 and place.config.data.documents == "packed"
+    return Kept(states=begin + (one if is_copied else 0))

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from titans_dist.config import Config, ConfigError
+from titans_dist.config.layout import context_groups, context_mode, uses_ring
 from titans_dist.plan.communication import buckets
 from titans_dist.plan.kept import Kept, block, has_kernels
 from titans_dist.plan.parameters import part_parameters
@@ -46,11 +47,7 @@ def memory_of(config: Config, data_size: int, stage: int = 0, share: int = 0) ->
     kept = _in_flight(place)
     logits = 0
     if any(is_last for _, _, is_last in place.own):
-        # float32, and beside them those in the model's precision until they are converted, and their gradient after;
-        # the norm before the head, its output, and what says which token was the target.
-        width = FLOAT32 + (place.width if place.width < FLOAT32 else 0)
-        logits = place.positions * config.model.vocab_size // config.parallel.tensor * width
-        logits += place.norm(place.sequence) + place.full + 9 * place.positions
+        logits = _at_head(place)
     return Memory(parameters, gradients, optimizer, kept.activations, kept.states, logits)
 
 
@@ -68,23 +65,32 @@ def workspace(config: Config, data_size: int, stage: int = 0, share: int = 0) ->
 
     What is worked out again is there for a while (a block, a group of chunks), and a gradient beside each tensor of it.
     """
-    place = Place(config, data_size, stage, share)
-    training = config.training
-    whole = block(place, "none")
-    kept = block(place, training.recompute)
+    place, recompute = Place(config, data_size, stage, share), config.training.recompute
     mlp = 2 * place.positions * config.model.mlp_size // config.parallel.tensor * place.width
-    if not config.model.has_memory or training.recompute == "none":
-        again = 0
-    else:
-        # Kernels work on as many chunks at a time as there is room for; torch on a group, with a gradient for each.
-        per_token = (whole.inner + whole.states) / place.positions
-        again = int(per_token * min(place.positions, place.rows * place.group_tokens) * 2)
-        if has_kernels(place):
-            again = int(min(WORKSPACE_BYTES, 3 * per_token * place.positions))
-    if training.recompute == "full":
-        selective = block(place, "selective")
+    again = _inside_memory(place) if config.model.has_memory else 0
+    if recompute == "full":
+        selective, kept = block(place, "selective"), block(place, recompute)
         again += selective.activations + selective.states - kept.activations - kept.states
     return max(mlp, again)
+
+
+def _inside_memory(place: Place) -> int:
+    """Of a group of chunks, or a call of kernels, that goes backward: gradients, and what is worked out again."""
+    config, tokens, share = place.config, place.tokens, 1
+    whole = block(place, "none")
+    if has_kernels(place):  # on as many chunks at a time as there is room for
+        again = min(WORKSPACE_BYTES, 3 * (whole.inner + whole.states))
+        return 0 if config.training.recompute == "none" else again
+    if config.model.variant == "mac":
+        tokens = min(tokens, config.model.segment_length)
+    if config.parallel.context > 1 and context_mode(config) == "heads":
+        share = config.parallel.context
+    elif uses_ring(config) and config.model.variant != "mac":
+        share = context_groups(config.parallel, place.rows, place.heads)
+    at_once = min(tokens, place.group_tokens) / place.tokens / share
+    if config.training.recompute == "none":
+        return int(whole.inner * at_once / 2)
+    return int((whole.inner + whole.states) * at_once * 1.25)
 
 
 def in_flight(place: Place) -> list[int]:
@@ -123,6 +129,21 @@ def _weights(place: Place) -> tuple[int, int, int]:
     gradients = (share if stage >= 2 else elements) * FLOAT32
     optimizer = 0 if training.offload else (share if stage >= 1 else elements) * per_state
     return parameters, gradients, optimizer
+
+
+def _at_head(place: Place) -> int:
+    """The most that is there at once beyond what blocks keep, from the last norm to its gradient."""
+    vocabulary, width = place.config.model.vocab_size // place.config.parallel.tensor, place.width
+    # The norm, its output, and what says which token was the target.
+    normed = place.norm(place.sequence) + place.full
+    # float32, and beside them those in the model's precision until they are converted, and their gradient after.
+    loss = place.positions * vocabulary * (FLOAT32 + (width if width < FLOAT32 else 0)) + 9 * place.positions
+    of_weight = vocabulary * place.config.model.hidden_size * width
+    backward = place.positions * vocabulary * width + of_weight + place.full
+    if place.is_gpu or width == FLOAT32:
+        return normed + max(loss, backward)
+    norm = 11 * place.sequence + of_weight  # on CPUs step by step, in float32
+    return max(normed + max(loss, backward), norm)
 
 
 def _in_flight(place: Place) -> Kept:

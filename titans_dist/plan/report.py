@@ -62,6 +62,12 @@ def place_of(found: Plan, rank: int) -> dict[str, int]:
     return place
 
 
+def rank_of(found: Plan, stage: int) -> int:
+    """The rank that `place_of` has as the one of this pipeline stage with the last part of the sequences."""
+    parallel = found.config.parallel
+    return parallel.tensor * (parallel.context - 1 + parallel.context * found.copies * stage)
+
+
 def rank_map(found: Plan) -> list[dict[str, Any]]:
     """For each node its ranks, and the first and last coordinate of each kind that is there."""
     node, nodes = gpus_per_node(found.config), []
