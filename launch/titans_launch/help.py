@@ -134,7 +134,7 @@ titans-dist plan [--json] [--verify] [--search N] [--gpu NAME] [--picture FILE] 
 Works out, from the configuration alone and within seconds: what each GPU holds, by pipeline stage; operations per
 token; what is sent, over which links; how long a step and the run take, as a range with what is assumed. What does not
 fit is told with the nearest layout of as many GPUs that does. --search lists the fastest layouts of N GPUs. --verify
-runs the real model of one process of a stage, on tensors without numbers, and puts what it had and sent beside the plan.
+runs the real model of a stage's process on tensors without numbers, and puts what it had and sent beside the plan.
 
 GPUs: a100, h100, h200, b200, mi300x, or a .yaml file like titans_dist/plan/hardware.yaml. How many: those of cluster,
 or as many as the layout has processes.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -185,7 +186,7 @@ def _show_verified(found: Plan, verified: dict[int, list[Compared]]) -> None:
         for name in ("", "plan", "real model", "difference", "limit"):
             table.add_column(name, justify="right" if name else "left")
         for one in every:
-            limit = "exact" if one.limit < 1e-6 else f"{one.limit:.0%}"
+            limit = "none" if one.limit == inf else "exact" if one.limit < 1e-6 else f"{one.limit:.0%}"
             mark = "" if one.holds else " (!)"
             table.add_row(one.what, *map(_number, (one.planned, one.real)), f"{one.difference:+.1%}{mark}", limit)
         tables.console().print(table)

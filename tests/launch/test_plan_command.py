@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.launch.command_line import Cli, environment
+from titans_dist.plan import truth
 from titans_launch.cli import main
 
 EXPERIMENTS = ("quickstart", "titans_170m", "titans_340m", "titans_760m", "titans_1b3")
@@ -104,6 +105,25 @@ def test_a_plan_needs_no_torch() -> None:
     )
     run = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, timeout=60)
     assert run.returncode == 0, run.stderr
+
+
+def test_the_real_model_of_the_first_and_last_stage_is_put_beside_the_plan(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = ["experiment=titans_170m", "model.num_layers=2", "model.vocab_size=512", "data.vocab_size=512"]
+    small += ["data.sequence_length=512", "parallel.tensor=2", "parallel.pipeline=2", "parallel.data=4", "--verify"]
+    assert main(["plan", *small, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)["verified"]
+    assert {one["rank"] for one in told} == {0, 8}
+    assert {"parameters", "states", "FLOPs", "tensor all_gather bytes", "pipeline send calls"} <= {
+        one["what"] for one in told
+    }
+    assert all(one["holds"] and one["real"] == pytest.approx(one["planned"], rel=0.25) for one in told)
+    monkeypatch.setitem(truth.LIMITS, "logits", 0.0)  # a formula that is off by more than it may be
+    assert main(["plan", *small]) == 1
+    out = capsys.readouterr().out
+    assert "rank 8 of 16, stage 1: the plan beside the real model" in out
+    assert out.rstrip().endswith("the plan is off: logits; trust the real model's numbers")
 
 
 @pytest.mark.parametrize(

@@ -74,9 +74,11 @@ def test_a_ring_keeps_the_state_it_hands_on_and_heads_share_the_states_out() -> 
     ring, heads = split(config, context=2), split(config, context=2)
     ring.parallel.context_mode, heads.parallel.context_mode = "ring", "heads"
     state = Place(config, 1, 0, 0).state
-    begins = one.states - 5 * state  # four groups, and what a document would begin with
-    assert memory_of(heads, 1).states - begins == 5 * state // 2
-    assert memory_of(ring, 1).states - begins == (2 + 1 + 1) * state
+    begins = one.states - 4 * state  # four groups
+    assert begins == state // 2  # the learned weights of one of two rows in float32
+    assert memory_of(heads, 1).states - begins == 4 * state // 2
+    assert memory_of(ring, 1, 0, 1).states - begins == (2 + 1) * state
+    assert memory_of(ring, 1).states - begins == 2 * state + state // 2  # nobody has handed it more than one row
 
 
 def test_full_recompute_keeps_what_goes_round_a_ring() -> None:
@@ -106,7 +108,7 @@ def test_only_the_last_stage_has_logits() -> None:
     config.model.vocab_size = 32768
     logits = [memory_of(config, 1, stage).logits for stage in range(4)]
     assert logits[:3] == [0, 0, 0]
-    assert logits[3] == pytest.approx(2 * 256 * 32768 * (4 + 2), rel=0.05)  # and the norm before them
+    assert logits[3] == pytest.approx(2 * 256 * 32768 * (4 + 2), rel=0.07)  # and the norm before them
 
 
 def test_recompute_trades_activations() -> None:

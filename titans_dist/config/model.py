@@ -85,7 +85,12 @@ class MemoryConfig:
 
     def choice(self, name: str) -> Any:
         """What this memory has for a field of MemorySpec, whether it is set here or by the preset."""
-        return {**_UNSAID, **self.spec_fields()}[name]
+        own = getattr(self, name) if name in _CHOICES or name == "channel_wise" else None
+        if own is not None:
+            return own
+        assert self.preset is not None
+        preset = PRESETS[self.preset]
+        return preset[name] if name in preset else _UNSAID[name]
 
     @property
     def is_tnt(self) -> bool:

@@ -24,7 +24,7 @@ from titans_dist.evaluation.work import Piece, Result
 from titans_dist.model import flatten, unflatten
 from titans_dist.parallel.reader import Reader
 
-LEG = 1 << 17
+LEG = 1 << 18
 """Tokens that a worker reads before it hands over: what is lost when it dies, and how often others get their turn."""
 POSITIONS = "positions"
 """The task that measures losses on the held-out text by position, instead of answers."""

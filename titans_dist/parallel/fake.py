@@ -31,7 +31,7 @@ from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry
 
 from titans_dist.config import Config, ConfigError
 from titans_dist.config.layout import check_world, parts, world_size
@@ -45,16 +45,26 @@ from titans_dist.parallel.stage import MicroBatch
 from titans_dist.plan.memory import Memory
 from titans_dist.plan.truth import Ran, in_torch
 
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0, is_causal: bool = False, **_: Any) -> int:
+    """Scores and their product with the values, (B, H, T, D) each; of causal attention what is seen."""
+    rows, heads, queries, dim = q.shape
+    seen = queries * (queries + 1) // 2 if is_causal else queries * k.shape[2]
+    return 4 * rows * heads * seen * dim
+
+
+def _attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *others: Any, **_: Any) -> int:
+    """Two gradients of each product, and the scores once more."""
+    _out, _logsumexp, dropout_p, is_causal = others[:4]
+    return _attention(q, k, v, dropout_p, is_causal) * 5 // 2
+
+
 _aten = torch.ops.aten
 # torch counts those of GPUs alone.
 _FLOPS: dict[Any, Any] = {
     **flop_registry,
-    _aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(
-        q.shape, k.shape, v.shape
-    ),
-    _aten._scaled_dot_product_flash_attention_for_cpu_backward: (
-        lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad.shape, q.shape, k.shape, v.shape)
-    ),
+    _aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }
 
 
@@ -334,13 +344,19 @@ def _with_one_micro_batch(config: Config) -> Config:
 
 def _times(one: Numbers, in_flight: int) -> Numbers:
     """Passes of so many micro-batches in flight, of those of one: each keeps, computes and sends the same."""
-    found = {key: value * (1 if key in ("logits", "grown") else in_flight) for key, value in one.items()}
+    found = {
+        key: value * (1 if key in ("logits", "grown") or _is_control(key) else in_flight) for key, value in one.items()
+    }
     found["grown"] += (in_flight - 1) * (one["activations"] + one["states"])
     return found
 
 
 def _with_tokens(config: Config, length: int) -> Config:
     return dataclasses.replace(config, data=dataclasses.replace(config.data, sequence_length=length))
+
+
+def _is_control(key: Any) -> bool:
+    return _is_sent(key) and key[1][0] == "control"  # once a step
 
 
 def _is_sent(key: Any) -> bool:

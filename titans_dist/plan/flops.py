@@ -12,6 +12,7 @@ from itertools import pairwise
 from math import ceil
 
 from titans_dist.config import Config, ModelConfig
+from titans_dist.config.layout import context_mode
 from titans_dist.plan.parameters import learned_gates
 
 
@@ -61,12 +62,23 @@ def performed_by(config: Config) -> tuple[Flops, Flops]:
     layers, head = config.model.num_layers, Flops(3 * _head(config.model), 0.0, 0.0)
     one = _forward(config, is_performed=True)
     block = (one + _backward(config, one) + head.times(-1)).times(1 / layers)
-    again = Flops((one.matmul - _head(config.model)) / layers, one.attention / layers, one.memory / layers)
+    runs = _runs(config)
+    # The answers to the unit states, times the state that was before.
+    rows = 0 if runs == 1 else 6.0 * (runs - 1) * config.model.head_dim * config.model.hidden_size
+    block = Flops(block.matmul, block.attention, block.memory * runs + rows)
+    again = Flops((one.matmul - _head(config.model)) / layers, one.attention / layers, one.memory * runs / layers)
     if config.training.recompute == "full":
         return block + again + Flops(0.0, 0.0, again.memory), head
     if config.training.recompute == "selective":
         return block + Flops(0.0, 0.0, again.memory), head
     return block, head
+
+
+def _runs(config: Config) -> int:
+    """How often a memory is run: where shares of a sequence are scanned, from zero and from the unit states."""
+    if config.parallel.context == 1 or not config.model.has_memory or context_mode(config) != "scan":
+        return 1
+    return 2 + config.model.memory.choice("momentum")
 
 
 def _backward(config: Config, one: Flops) -> Flops:

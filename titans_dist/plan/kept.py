@@ -43,7 +43,7 @@ def block(place: Place, recompute: str) -> Kept:
 
 
 def _memory_alone(place: Place, recompute: str) -> Kept:
-    return _neural_memory(place, recompute) + persistent_memory(place) + Kept(place.mine)
+    return _memory(place, recompute) + Kept(place.mine)
 
 
 def _attention_only(place: Place, recompute: str) -> Kept:
@@ -51,12 +51,12 @@ def _attention_only(place: Place, recompute: str) -> Kept:
 
 
 def _memory_as_gate(place: Place, recompute: str) -> Kept:
-    both = _neural_memory(place, recompute) + persistent_memory(place) + _attention(place, place.config.model.window)
+    both = _memory(place, recompute) + _attention(place, place.config.model.window)
     return both + Kept(_gate_of_two(place))
 
 
 def _memory_as_layer(place: Place, recompute: str) -> Kept:
-    both = _neural_memory(place, recompute) + persistent_memory(place) + _attention(place, place.config.model.window)
+    both = _memory(place, recompute) + _attention(place, place.config.model.window)
     # The memory's gated output, the residual-sized sum of its projection, and that after the norm.
     return both + Kept(place.mine + place.sequence + place.norm(place.sequence) + place.full)
 
@@ -96,7 +96,7 @@ def _memory_as_context(place: Place, recompute: str) -> Kept:
     # Of more than one sequence a segment is no piece of memory: each plain linear layer makes a copy of its own.
     copies = 5 * place.full if place.rows > 1 and place.config.parallel.tensor == 1 else 0
     outside = query + found + gated + norms + attention + _gate_of_two(place) + copies
-    return written + persistent_memory(place) + Kept(outside)
+    return written + persistent_memory(place, recompute) + Kept(outside)
 
 
 _MIXERS = {
@@ -155,12 +155,14 @@ def _attention(place: Place, window: int | None) -> Kept:
     """Queries, keys, values, the output, a number per query and head, the mask where there is one, and the angles."""
     model, tokens, persistent = place.config.model, place.tokens, place.config.model.persistent_tokens
     before = place.share * tokens if window is None else min(window - 1, place.share * tokens)
-    length, mask = tokens + before, 0
+    length, mask, cut = tokens + before, 0, 0
     if window is None or length <= window:
         queries, keys = tokens + (0 if before else persistent), length + persistent
         if before or place.config.data.documents == "packed":
             rows = place.rows if place.config.data.documents == "packed" else 1
             queries, mask = tokens, rows * tokens * keys
+        if queries > tokens:
+            cut = place.mine  # the answers without those of the persistent tokens
         queries, keys = place.rows * queries, place.rows * keys
     elif tokens <= window:
         queries, keys, mask = place.rows * tokens, place.rows * (length + persistent), tokens * (length + persistent)
@@ -171,10 +173,14 @@ def _attention(place: Place, window: int | None) -> Kept:
     grouped = model.kv_heads * model.head_dim // place.config.parallel.tensor
     channels = 2 * queries * place.hidden + 2 * keys * grouped
     angles = 2 * tokens * model.head_dim
-    return Kept((channels + mask + angles) * place.width + queries * place.heads * FLOAT32)
+    return Kept((channels + mask + angles) * place.width + queries * place.heads * FLOAT32 + cut)
 
 
 # Memory
+
+
+def _memory(place: Place, recompute: str) -> Kept:
+    return _neural_memory(place, recompute) + persistent_memory(place, recompute)
 
 
 def has_kernels(place: Place) -> bool:
@@ -235,9 +241,11 @@ def _tnt(place: Place, recompute: str) -> Kept:
         place, recompute, memory.chunk_size, min(memory.shard_size, place.tokens), place.rows * shards
     )
     dim = place.config.model.head_dim
-    groups = ceil(min(memory.shard_size, place.tokens) / GROUP_TOKENS) + 1
+    groups = ceil(min(memory.shard_size, place.tokens) / GROUP_TOKENS)
     keys = place.rows * shards * place.heads * groups * dim * dim * FLOAT32
-    return whole + local + Kept(states=keys)
+    # Each of the three has q, k and v in float32 by itself.
+    copies = 0 if place.is_gpu or place.width == FLOAT32 else 6 * place.mine32
+    return whole + local + Kept(copies, keys)
 
 
 def _inner_memory(place: Place, recompute: str, chunk: int, tokens: int, rows: int) -> Kept:
@@ -302,7 +310,7 @@ def _segments(place: Place, chunk: int, tokens: int, rows: int) -> int:
     return ceil(ceil(tokens / chunk) / count)
 
 
-def persistent_memory(place: Place) -> Kept:
+def persistent_memory(place: Place, recompute: str) -> Kept:
     """What every sequence begins with, of one row: the state after the persistent tokens, and that before them."""
     one, model = place.state // place.rows, place.config.model
     if not model.persistent_tokens:
@@ -311,4 +319,5 @@ def persistent_memory(place: Place) -> Kept:
     weights = memory_weights(model.memory, model.head_dim) * place.heads * FLOAT32
     begin = one if place.width < FLOAT32 else one - weights
     is_copied = place.rows > 1 and place.config.data.documents == "packed"
-    return Kept(states=begin + (one if is_copied else 0))
+    is_traced = recompute == "none" and not has_kernels(place)
+    return Kept(states=begin + (one if is_copied or is_traced else 0))

@@ -76,17 +76,23 @@ def workspace(config: Config, data_size: int, stage: int = 0, share: int = 0) ->
 
 def _inside_memory(place: Place) -> int:
     """Of a group of chunks, or a call of kernels, that goes backward: gradients, and what is worked out again."""
-    config, tokens, share = place.config, place.tokens, 1
+    config, tokens, share = place.config, place.tokens, 1.0
     whole = block(place, "none")
     if has_kernels(place):  # on as many chunks at a time as there is room for
         again = min(WORKSPACE_BYTES, 3 * (whole.inner + whole.states))
         return 0 if config.training.recompute == "none" else again
+    memory = config.model.memory
     if config.model.variant == "mac":
         tokens = min(tokens, config.model.segment_length)
+    if memory.is_tnt:  # one of two memories, and all shards of it side by side
+        at_once = min(place.group_tokens, memory.shard_size) / memory.shard_size
+        return int((whole.inner + whole.states) / 2 * at_once * 1.25)
     if config.parallel.context > 1 and context_mode(config) == "heads":
         share = config.parallel.context
     elif uses_ring(config) and config.model.variant != "mac":
         share = context_groups(config.parallel, place.rows, place.heads)
+    elif config.parallel.context > 1 and config.model.variant != "mac":  # a scan's runs go together
+        share = 1 / (2 + memory.choice("momentum"))
     at_once = min(tokens, place.group_tokens) / place.tokens / share
     if config.training.recompute == "none":
         return int(whole.inner * at_once / 2)
@@ -136,6 +142,8 @@ def _at_head(place: Place) -> int:
     vocabulary, width = place.config.model.vocab_size // place.config.parallel.tensor, place.width
     # The norm, its output, and what says which token was the target.
     normed = place.norm(place.sequence) + place.full
+    if not place.is_gpu and width < FLOAT32:
+        normed += place.sequence  # the input is there all the same, and counted with what the blocks keep
     # float32, and beside them those in the model's precision until they are converted, and their gradient after.
     loss = place.positions * vocabulary * (FLOAT32 + (width if width < FLOAT32 else 0)) + 9 * place.positions
     of_weight = vocabulary * place.config.model.hidden_size * width

@@ -126,8 +126,8 @@ class Place:
         """Bytes that an RMSNorm keeps beside its input and output, both of `size` bytes."""
         if self.is_gpu:
             return 0
-        # On CPUs step by step; of bfloat16 in float32, and then the input itself is not needed.
-        return size if self.width == FLOAT32 else 2 * size
+        # On CPUs step by step; of bfloat16 twice in float32, and then the input itself is not needed.
+        return size if self.width == FLOAT32 else 3 * size
 
 
 def padded(size: int, multiple: int) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from math import inf
 
 from titans_dist.config import Config
 from titans_dist.plan import flops
@@ -15,9 +16,11 @@ from titans_dist.plan.communication import analytic
 from titans_dist.plan.memory import Memory, memory_of, workspace
 from titans_dist.plan.place import Place
 
-LIMITS = {"parameters": 0.02, "gradients": 0.02, "optimizer": 0.02, "activations": 0.1, "states": 0.02, "logits": 0.1}
+PARTS = ("parameters", "gradients", "optimizer", "activations", "states", "logits")
+OF_DOCUMENTS = ("activations", "states", "peak", "FLOPs")
+LIMITS = {**dict.fromkeys(PARTS, 0.02), "activations": 0.1, "logits": 0.1, "peak": 0.25, "FLOPs": 0.1}
 """How far a formula may be off, as a share of what the real model has."""
-FLOPS, PEAK, SENT = 0.1, 0.25, 1e-9
+SENT = 1e-9
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class Compared:
         """Of the plan, as a share of the real one."""
         if self.real == self.planned:
             return 0.0
-        return self.planned / self.real - 1 if self.real else float("inf")
+        return self.planned / self.real - 1 if self.real else inf
 
     @property
     def holds(self) -> bool:
@@ -60,10 +63,12 @@ def compare(config: Config, copies: int, stage: int, share: int, ran: Ran) -> li
     """Every number of the process of pipeline `stage` with the `share`-th part of each sequence."""
     config = in_torch(config)
     planned = memory_of(config, copies, stage, share)
-    found = [Compared(name, getattr(planned, name), getattr(ran.memory, name), LIMITS[name]) for name in LIMITS]
+    # Where documents begin depends on the data, and what that takes is not planned.
+    limits = LIMITS | (dict.fromkeys(OF_DOCUMENTS, inf) if config.data.documents == "packed" else {})
+    found = [Compared(name, getattr(planned, name), getattr(ran.memory, name), limits[name]) for name in PARTS]
     beside = max(0, workspace(config, copies, stage, share) - planned.logits)
-    found.append(Compared("peak, with workspace", planned.total() + beside, ran.peak, PEAK))
-    found.append(Compared("FLOPs", _flops(Place(config, copies, stage, share)), ran.flops, FLOPS))
+    found.append(Compared("peak, with workspace", planned.total() + beside, ran.peak, limits["peak"]))
+    found.append(Compared("FLOPs", _flops(Place(config, copies, stage, share)), ran.flops, limits["FLOPs"]))
     # As many micro-batches as were run.
     batch = ran.micro_batches * copies * config.training.micro_batch_size
     training = replace(config.training, global_batch_size=batch)
