@@ -234,3 +234,16 @@ def test_harness_works_after_a_backward_in_the_parent() -> None:
     torch.ones(4, requires_grad=True).sum().backward()
     ranks = run_distributed(recompute, 2)
     assert len(ranks) == 2
+
+
+def tiny_numbers(rank: int, world: int, shape: tuple[int, int]) -> tuple[float, float]:
+    """The sum of products of numbers of 1e-39, before and after."""
+    x = torch.full(shape, 1e-39)
+    before = (x @ torch.ones(shape[1], 2)).sum().item()
+    cpu.install()
+    return before, (torch.full(shape, 1e-39) * 2).sum().item()
+
+
+def test_numbers_too_small_to_be_normal_are_zero() -> None:
+    ((before, after),) = run_distributed(tiny_numbers, 1, (4, 4))
+    assert after == 0.0 < before

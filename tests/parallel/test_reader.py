@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -49,6 +50,25 @@ def read(rank: int, world: int, made: Config, piece: int) -> dict[str, Any]:
         "likelihood": reader.likelihood(document()[50:], logits, after),
         "of the answer": reader.likelihood(torch.tensor(answer), *reader.read(document(), reader.start())),
     }
+
+
+def trims(rank: int, world: int, made: Config, tokens: int) -> int:
+    """How often memory is given back over so many tokens."""
+    from titans_dist.parallel import cpu, reader
+    from titans_dist.parallel.processes import make_groups
+
+    cpu.install()
+    make_groups(made.parallel)
+    counted: list[None] = []
+    with mock.patch.object(cpu, "trim", lambda: counted.append(None)), mock.patch.object(reader, "TRIMMED", 20):
+        one = reader.Reader(made, torch.device("cpu"), PIECE)
+        one.read(document()[:tokens], one.start())
+    return len(counted)
+
+
+def test_freed_memory_goes_back_to_the_system() -> None:
+    assert run_distributed(trims, 1, settings("lmm", 1), 19) == [0]
+    assert run_distributed(trims, 1, settings("lmm", 1), TOKENS) == [3]  # after pieces of 13: 26, 52 and 75
 
 
 @pytest.mark.parametrize("tensor", [1, 2])

@@ -12,10 +12,13 @@ from torch import Tensor
 
 from titans_dist.config import Config, ConfigError
 from titans_dist.model import ModelState
+from titans_dist.parallel import cpu
 from titans_dist.parallel.stage import build_stages, load_model, sharded_model
 
 PIECE = 2048
 """Tokens that go through the model at once."""
+TRIMMED = 8192
+"""Tokens after which freed memory goes back to the system, so that a long document peaks where a short one does."""
 HEAD_PIECE = 256
 """Positions whose logits exist at once: those of a whole piece may be larger than everything else together."""
 
@@ -31,7 +34,7 @@ class Reader:
         parallel = config.parallel
         if parallel.pipeline * parallel.virtual * parallel.context > 1 or (parallel.sequence and parallel.tensor > 1):
             raise ConfigError("a reader splits a model over parallel.tensor alone; set the others to 1 and false")
-        self.device, self.piece = device, piece
+        self.device, self.piece, self._read = device, piece, 0
         self._stages = build_stages(config, device)
         self.model = self._stages[0].model.eval()
         self._vocab_size = config.model.vocab_size
@@ -130,6 +133,10 @@ class Reader:
         """The residual stream (1, t, hidden) after the last block."""
         x, after = self.model.mix(self.model.embedding(tokens[None].to(self.device)), state)
         assert after is not None
+        self._read += len(tokens)
+        if self._read >= TRIMMED:
+            self._read = 0
+            cpu.trim()
         return x, after
 
     def _logits(self, x: Tensor) -> Tensor:
