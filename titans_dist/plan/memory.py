@@ -75,7 +75,10 @@ def workspace(config: Config, data_size: int, stage: int = 0, share: int = 0) ->
 
 
 def _inside_memory(place: Place) -> int:
-    """Of a group of chunks, or a call of kernels, that goes backward: gradients, and what is worked out again."""
+    """Of a group of chunks, or a call of kernels, that goes backward: gradients, and what is worked out again.
+
+    How much there is of both at a time, in shares of what the group keeps, was fitted to the real model.
+    """
     config, tokens, share = place.config, place.tokens, 1.0
     whole = block(place, "none")
     if has_kernels(place):  # on as many chunks at a time as there is room for
