@@ -94,6 +94,28 @@ def test_losses_by_position_are_those_of_the_plain_model(name: str, tensor: int,
                 assert sums == pytest.approx(wanted, rel=1e-5)
 
 
+def handed_over(rank: int, world: int, folder: Path) -> tuple[int, int]:
+    """Bytes of the state's numbers after one leg, and of the storages behind them."""
+    from titans_dist.parallel import cpu
+    from titans_dist.parallel.processes import make_groups
+    from titans_dist.parallel.reader import Reader
+
+    made = config(MODELS["mag"], sequence=False, tensor=1)
+    cpu.install()
+    make_groups(made.parallel)
+    worker = Measuring(Reader(made, torch.device("cpu"), piece=64), material(folder), leg=64)
+    progress = worker.advance(Piece("letters", 200, 0, 0, 1), Progress())
+    assert isinstance(progress, Progress)
+    storages = {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in progress.state.values()}
+    return sum(x.numel() * x.element_size() for x in progress.state.values()), sum(storages.values())
+
+
+def test_nothing_but_the_state_is_handed_over(tmp_path: Path) -> None:
+    """A window's keys are the end of all that were read at once, which stays behind."""
+    ((numbers, storages),) = run_distributed(handed_over, 1, tmp_path)
+    assert 0 < storages == numbers
+
+
 @torch.no_grad()
 def test_an_answer_does_not_depend_on_the_legs_and_is_the_plain_model_s(tmp_path: Path) -> None:
     piece = Piece("letters", 100, 0, 0, 3)

@@ -206,7 +206,8 @@ class Measuring:
 
 
 def _on_cpu(state: Any) -> dict[str, Tensor]:
-    return {name: value.cpu() for name, value in flatten(state).items()}
+    # Copies: what is a view of something larger would otherwise travel with all of it.
+    return {name: value.cpu().clone(memory_format=torch.contiguous_format) for name, value in flatten(state).items()}
 
 
 def windows(piece: Piece, tokens: int) -> list[tuple[int, int]]:
