@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.table import Table
 
-from titans_dist.config import Config, UserError
+from titans_dist.config import Config, ConfigError, UserError
 from titans_dist.plan.fit import Plan, copies_of, layouts, nearest, plan, search
 from titans_dist.plan.hardware import gpu
 from titans_dist.plan.report import layout_row, place_of, rank_of, report
@@ -31,6 +31,8 @@ def run(config: Config, as_json: bool = False, verify: bool = False) -> int:
     """
     card = gpu(config.plan.gpu)
     if config.plan.search is not None:
+        if verify:
+            raise ConfigError("--verify is for one layout, and --search lists several; choose one of the two")
         return _search(config, config.plan.search, as_json)
     found = plan(config, card, copies_of(config))
     near = None if found.fits else nearest(config, found.world, card)

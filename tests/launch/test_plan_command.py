@@ -132,6 +132,11 @@ def test_the_real_model_of_the_first_and_last_stage_is_put_beside_the_plan(
         (["--gpu", "h300"], "plan.gpu=h300 is unknown; choose one of a100, h100, h200, b200, mi300x"),
         (["--search", "0"], "plan.search=0 is too small; use 1 or more"),
         (["--search"], "--search has no value; write --search VALUE or plan.search=VALUE"),
+        (
+            ["--search", "8", "--verify"],
+            "--verify is for one layout, and --search lists several; choose one of the two",
+        ),
+        (["training.engine=deepspeed", "parallel.data=8", "--verify"], "use training.engine=megatron"),
         (["cluster=h100_4x8", "parallel.tensor=3"], "parallel.tensor=3 does not divide"),
         (["cluster=h100_4x8", "parallel.pipeline=12", "training.global_batch_size=128"], "32 processes do not fit"),
         (["parallel.data=7"], "training.global_batch_size=128 is no multiple of micro_batch_size x data-parallel size"),
