@@ -13,7 +13,9 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-sys.path.append(str(ROOT / "kernels"))
+sys.path += [str(ROOT / "kernels"), str(ROOT / "benchmarks")]
+
+from pages import filled, table  # noqa: E402
 
 from titans_kernels.roofline import (  # noqa: E402
     EXCHANGE_CLOCKS,
@@ -37,7 +39,7 @@ from titans_kernels.roofline import (  # noqa: E402
 )
 
 README = ROOT / "kernels" / "README.md"
-BEGIN, END = "<!-- begin: python benchmarks/roofline.py --write -->", "<!-- end -->"
+BEGIN = "<!-- begin: python benchmarks/roofline.py --write -->"
 DIMS, EXPANSIONS, CHUNKS = (64, 96, 128), (1, 2, 4), (16, 32, 64, 128)
 STRUCTURES = [(1, dim, 1) for dim in DIMS] + [(2, dim, expansion) for dim in DIMS for expansion in EXPANSIONS]
 """Depth, head dimension, expansion."""
@@ -47,12 +49,6 @@ NAMES = {
     "C": "C, cached",
     "M": "C, merged",
 }
-
-
-def table(columns: list[str], rows: list[list[str]]) -> str:
-    """In Markdown, all columns but the first to the right."""
-    lines = [columns, [":--", *["--:"] * (len(columns) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def structure(depth: int, dim: int, expansion: int) -> str:
@@ -210,8 +206,7 @@ def tables() -> str:
 
 def with_tables(text: str) -> str:
     """`text` with the tables between its markers."""
-    before, _, rest = text.partition(BEGIN)
-    return f"{before}{BEGIN}\n\n{tables()}\n\n{END}{rest.partition(END)[2]}"
+    return filled(text, BEGIN, tables())
 
 
 def main() -> None:

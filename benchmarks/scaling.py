@@ -18,6 +18,7 @@ from pathlib import Path
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
+from pages import filled, table
 
 import titans_dist
 from titans_dist.config import Config
@@ -28,7 +29,7 @@ from titans_dist.plan.fit import Plan, layouts, search
 from titans_dist.plan.hardware import gpu
 
 GUIDE = Path(__file__).parents[1] / "docs" / "scaling.md"
-BEGIN, END = "<!-- begin: python benchmarks/scaling.py --write -->", "<!-- end -->"
+BEGIN = "<!-- begin: python benchmarks/scaling.py --write -->"
 GPU, TOKENS = "h100", 1 << 22
 """Of one step, 4M: as many as runs of these sizes usually have at most."""
 SIZES = {
@@ -57,8 +58,7 @@ def main() -> None:
     if not arguments.write:
         print(text)
         return
-    before, _, rest = GUIDE.read_text().partition(BEGIN)
-    GUIDE.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.partition(END)[2]}")
+    GUIDE.write_text(filled(GUIDE.read_text(), BEGIN, text))
 
 
 def sections(sizes: list[str]) -> Iterator[str]:
@@ -175,12 +175,6 @@ def number(value: float) -> str:
     ('0.012', '1.2', '1,234')
     """
     return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
-
-
-def table(columns: list[str], rows: list[list[str]]) -> str:
-    """In Markdown, all columns but the first to the right."""
-    lines = [columns, [":--", *["--:"] * (len(columns) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 if __name__ == "__main__":
